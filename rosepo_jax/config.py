@@ -1,0 +1,140 @@
+"""Every configuration key, its default, its unit and its meaning. Files in configs/ start here and override.
+
+Lengths of training are strings in natural units, resolved by `training.optimizer.steps`: "300 steps", "2 epochs",
+"6400 examples"; parts of a run may also be "5 %".
+"""
+
+from ml_collections import ConfigDict
+
+
+def default() -> ConfigDict:
+    """The configuration that every file in configs/ overrides."""
+    c = ConfigDict()
+    c.seed = 0
+
+    c.data = d = ConfigDict()
+    d.source = "world"  # world | movielens | recbole | table | amazon | llara | sequences | tfds:NAME
+    d.path = ""  # folder or file of the source
+    d.columns = ConfigDict(  # source = table, tfds:...: which column is which; "" = absent
+        dict(user="user", item="item", timestamp="timestamp", rating="", title="title", groups="")
+    )
+    d.titles = ""  # source = table: a second table with the item and title columns; "" = titles are in the log
+    d.min_rating = 0.0  # keep interactions rated at least this
+    d.core_user = 5  # k-core: every user keeps at least this many interactions ...
+    d.core_item = 5  # ... and every item, iterated until both hold
+    d.split = "leave_one_out"  # leave_one_out | global_time | user_ratio | given (by the source)
+    d.validation_share = 0.1  # global_time and user_ratio
+    d.test_share = 0.1
+    d.history = 10  # N: history items in a window
+    d.min_history = 3  # rows with fewer history items are left out (and counted)
+    d.held_out_share = 0.0  # share of train rows that SFT never sees as targets (for pairs.rows = held_out)
+    d.max_validation = 0  # use at most this many validation rows, chosen by hash; 0 = all
+    d.max_test = 0
+    d.candidates = 20  # C: the target and C-1 sampled items
+    d.candidate_sampling = "uniform"  # uniform | popularity
+    d.template = "titles"  # a file of rosepo_jax/data/templates, or a path
+    d.candidates_in_prompt = False  # fill the template's {candidates} slot from the frozen list
+    d.world = ConfigDict(  # source = world: the embedded generative model of users and titles
+        dict(users=2000, items=300, genres=8, series=60, length=24, slate=12, exposure=0.7, noise=1.0, flip=0.0)
+    )
+
+    c.model = m = ConfigDict()
+    m.path = ""  # a Hugging Face directory of llama type; "" = a new model of the preset below
+    m.vocabulary = 4096  # preset: size of the byte-level BPE trained on the titles of the training histories
+    m.width = 128
+    m.layers = 4
+    m.heads = 4
+    m.kv_heads = 2
+    m.mlp_width = 384
+    m.tie_embeddings = True
+    m.prompt_length = 128  # P: longer prompts drop their oldest history items
+    m.response_length = 32  # T: bound on a title's tokens, EOS included; a longer title is an error
+    m.chat_template = False  # wrap the prompt in the tokenizer's chat template
+    m.dtype = "float32"  # compute dtype: float32 | bfloat16 (log-probs and losses are float32 always)
+    m.param_dtype = "float32"
+    m.remat = "none"  # none | full | dots: what the backward pass recomputes
+    m.tuning = "full"  # full | lora
+    m.lora = ConfigDict(dict(rank=8, alpha=16.0, targets="attention/.*|mlp/.*"))
+
+    c.oracle = o = ConfigDict()
+    o.width = 64
+    o.layers = 2
+    o.heads = 2
+    o.dropout = 0.2
+    o.loss = "ce"  # ce (softmax over the whole catalogue) | bce (one sampled negative)
+    o.positions = "all"  # all | last: which positions of a window are trained
+    o.batch_size = 256
+    o.learning_rate = 1e-3
+    o.weight_decay = 0.0
+    o.length = "10 epochs"
+    o.patience = 3  # stop after this many epochs without a better validation NDCG@10
+
+    c.sft = _training(learning_rate=1e-3, length="3 epochs", batch_size=64)
+    c.sft.patience = 0  # stop after this many validations without a better HR@1; 0 = never (the best is kept anyhow)
+
+    c.pairs = p = ConfigDict()
+    p.path = ""  # ready-made rows (JSONL or Parquet: prompt, chosen, rejected[, epsilon]) instead of mined ones
+    p.strategy = "self_hard"  # self_hard | semantic | popularity | uniform, or a mixture: "self_hard:0.5,uniform:0.5"
+    p.negatives = 1  # R-1: rejected items of one prompt
+    p.rows = "train"  # train | held_out: which rows pairs are built from
+    p.max_rows = 0  # at most this many prompts, chosen by hash; 0 = all
+    p.pool = "candidates"  # self_hard and uniform draw from: candidates (the row's frozen list) | catalogue (trie beam)
+    p.beams = 20  # self_hard over the catalogue: beam width
+    p.top = 50  # semantic: draw among the items nearest to the history ...
+    p.temperature = 0.1  # ... by softmax(similarity / temperature)
+    p.similarity = "max"  # max | mean cosine to the history items
+    p.alpha = 1.0  # popularity: p(i) proportional to count(i)^alpha
+    p.flip = 0.0  # experiment: share of prompts whose chosen and first rejected are exchanged
+    p.batch_size = 64
+
+    c.align = a = _training(learning_rate=1e-4, length="1 epochs", batch_size=32)
+    a.objective = "rosepo"  # a name of preference/objectives.py
+    a.beta = 0.1
+    a.aggregator = "pairs"  # K > 1 rejected in dpo, rosepo, robust, ipo, hinge, simpo: pairs | lse | mean
+    a.gamma_ratio = 0.25  # simpo: target margin over beta
+    a.beta_prime = 1.0  # dr-dpo
+    a.nll = 0.0  # weight of the negative log-likelihood of the chosen response (RPO)
+    a.nll_reduction = "sequence"  # sum | sequence (mean over a response's tokens) | token (mean over all tokens)
+    a.smoothing = ConfigDict(
+        dict(
+            mode="oracle",  # oracle | fixed | none | shuffled
+            source="in_step",  # in_step (the oracle runs inside the step) | stored (read from the pairs)
+            temperature=0.0,  # tau; 0 = the one fitted on validation
+            cap=0.5,
+            value=0.1,  # mode = fixed
+        )
+    )
+    a.reference = "in_step"  # in_step | cached
+
+    c.evaluate = e = ConfigDict()
+    e.protocols = ("candidates", "catalogue", "generate")
+    e.batch_size = 64
+    e.beams = 20
+    e.top = 10  # items of a ranked list that are kept
+    e.neighbours = 20  # semantic error: a wrong top-1 among this many items nearest to the history
+    e.bootstrap = 2000  # resamples
+    e.sft_more = True  # the control: SFT continued for alignment's steps on alignment's rows
+    e.max_generate = 0  # rows of the generate protocol; 0 = all
+
+    c.mesh = ConfigDict(dict(replica=1, fsdp=-1, tensor=1))  # -1 = all devices that are left
+    c.checkpoint = ConfigDict(dict(every="10 %", keep=2))
+    c.log = ConfigDict(dict(every=10, tensorboard=True))  # every: steps
+    return c
+
+
+def _training(*, learning_rate: float, length: str, batch_size: int) -> ConfigDict:
+    """The keys that SFT and alignment share."""
+    return ConfigDict(
+        dict(
+            batch_size=batch_size,  # prompts in one update, over all devices
+            accumulate=1,  # micro-batches of one update
+            length=length,
+            learning_rate=learning_rate,
+            schedule="cosine",  # cosine | linear | constant, after the warm-up
+            warmup="5 %",
+            weight_decay=0.0,
+            clip=1.0,  # global gradient norm
+            validate="10 %",  # interval of validation HR@1
+            max_bad_steps=10,  # updates skipped for a non-finite loss or gradient before the run is aborted
+        )
+    )

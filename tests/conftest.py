@@ -1,0 +1,24 @@
+"""Test-wide settings: eight emulated CPU devices, exact matmuls, no silent rank promotion; where the real logs lie."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+DATA = pathlib.Path(os.environ.get("ROSEPO_DATA", REPOSITORY.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> pathlib.Path:
+    """The folder of real logs. Missing in CI is a failure; elsewhere the test is skipped with the reason."""
+    if not DATA.is_dir():
+        if os.environ.get("CI"):
+            pytest.fail(f"{DATA}: no such folder (set ROSEPO_DATA)")
+        pytest.skip(f"real logs not found at {DATA} (set ROSEPO_DATA)")
+    return DATA
