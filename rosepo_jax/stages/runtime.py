@@ -1,0 +1,271 @@
+"""How a stage is run: manifests, "up to date", refusal of changed settings, leftovers of a killed run.
+
+A stage is a module `rosepo_jax.stages.<verb>` with
+
+    NAME: str                 the verb, and the folder below the workdir
+    INPUTS: tuple[str, ...]   the verbs whose folders it reads
+    KEYS: tuple[str, ...]     the config sections or dotted keys that determine its result
+    RESUMABLE: bool           whether `run` goes on from what a killed run left in `out`
+    run(config, inputs: dict[str, pathlib.Path], out: pathlib.Path) -> dict    a small JSON summary
+
+A stage folder holds begun.json from the moment work starts, and manifest.json, written last, once it is complete.
+`<workdir>/config.json` is the config of the last stage that was run, for later commands without --config.
+"""
+
+import datetime
+import functools
+import importlib
+import importlib.metadata
+import math
+import os
+import pathlib
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+import rosepo_jax
+from rosepo_jax import files
+from rosepo_jax.errors import UserError
+from rosepo_jax.training.metrics import is_primary
+
+STAGES = ("prepare", "oracle", "sft", "pairs", "align", "evaluate", "report")
+
+# Config values that name files of the user: what counts is their content, not where they lie.
+PATH_KEYS = ("data.path", "data.titles", "data.template", "model.path", "pairs.path")
+
+PACKAGES = (
+    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array_record", "tensorflow-datasets"),
+    *("transformers", "tokenizers", "safetensors", "ml_collections", "numpy", "scipy"),
+)
+
+MANIFEST, BEGUN = "manifest.json", "begun.json"
+
+
+def say(text: str) -> None:
+    """Prints a line, on the first process only."""
+    if is_primary():
+        print(text, flush=True)
+
+
+def module(verb: str) -> Any:
+    """The stage of a verb."""
+    return importlib.import_module(f"rosepo_jax.stages.{verb}")
+
+
+def execute(stage: Any, config: ConfigDict, workdir: str | os.PathLike, pool: dict[str, pathlib.Path] | None = None):
+    """Runs a stage unless its folder is up to date, and returns that folder.
+
+    Args:
+        pool: identity -> folder of complete stages; a stage found here is linked into `workdir` instead of being run
+            again (sweeps share stages this way). The folder of the stage is added to it.
+
+    Raises:
+        UserError: an input is missing or was made with other settings, or what lies in the folder was.
+    """
+    out = pathlib.Path(workdir) / stage.NAME
+    wanted = _wanted(stage, config, workdir)
+    if out.is_symlink() and not out.exists() and is_primary():
+        out.unlink()  # a shared stage whose folder has been removed
+    recorded = _read(out / MANIFEST)
+    if recorded is not None:
+        _refuse_changes(out, recorded, wanted)
+        same_code = recorded["code"] == wanted["code"]
+        say(f"{stage.NAME}: up to date" + ("" if same_code else f" (made by other code: {recorded['code']})"))
+    elif pool is not None and wanted["identity"] in pool:
+        shared = pool[wanted["identity"]]
+        if is_primary():
+            _make_folder(out.parent)
+            out.symlink_to(os.path.relpath(shared, out.parent.resolve()), target_is_directory=True)
+        say(f"{stage.NAME}: shared with {shared}")
+    else:
+        _run(stage, config, workdir, out, wanted)
+    _barrier(f"{stage.NAME} done")
+    if pool is not None:
+        pool.setdefault(files.read_json(out / MANIFEST)["identity"], out.resolve())
+    return out
+
+
+def identity(out: str | os.PathLike) -> str | None:
+    """The identity recorded in a complete stage folder; None when it is not complete."""
+    manifest = _read(pathlib.Path(out) / MANIFEST)
+    return None if manifest is None else manifest["identity"]
+
+
+def _run(stage: Any, config: ConfigDict, workdir: str | os.PathLike, out: pathlib.Path, wanted: dict) -> None:
+    begun = _read(out / BEGUN)
+    if begun is None and out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: holds files that rosepo did not make; choose another --workdir or remove that folder")
+    if begun is not None and stage.RESUMABLE:
+        _refuse_changes(out, begun, wanted)
+        if begun["code"] != wanted["code"]:
+            say(f"{stage.NAME}: goes on from a run of other code ({begun['code']})")
+    if is_primary():
+        _make_folder(out)
+        if begun is None or not stage.RESUMABLE:
+            _empty(out)
+        files.write_json(out / BEGUN, wanted)
+    _barrier(f"{stage.NAME} begun")
+    started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
+    try:
+        result = stage.run(config, {verb: pathlib.Path(workdir) / verb for verb in stage.INPUTS}, out)
+    except BaseException:
+        # Nothing half-written stays, but for what a resumable stage can go on from.
+        if is_primary() and not (stage.RESUMABLE and any(path.name != BEGUN for path in out.iterdir())):
+            _empty(out)
+            (out / BEGUN).unlink()
+            out.rmdir()
+        raise
+    _barrier(f"{stage.NAME} run")
+    if is_primary():
+        manifest = {
+            "stage": stage.NAME,
+            **wanted,
+            "resolved_config": plain(config.to_dict()),
+            "resolved_config_hash": files.hash_json(plain(config.to_dict())),
+            "packages": _packages(),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "device": {
+                "kind": jax.devices()[0].device_kind,
+                "backend": jax.default_backend(),
+                "count": jax.device_count(),
+                "processes": jax.process_count(),
+            },
+            "seeds": {"seed": config.seed},
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - clock, 3),
+            "result": plain(result or {}),
+        }
+        files.write_json(out / MANIFEST, manifest)
+        (out / BEGUN).unlink()
+        files.write_json(pathlib.Path(workdir) / "config.json", manifest["resolved_config"])
+
+
+def _wanted(stage: Any, config: ConfigDict, workdir: str | os.PathLike) -> dict:
+    """What determines the result of a stage: its settings, its inputs and the code; and their hash, its identity."""
+    settings, inputs = {}, {}
+    for key, value in flatten(config).items():
+        if any(key == name or key.startswith(f"{name}.") for name in stage.KEYS):
+            if key in PATH_KEYS and value and pathlib.Path(value).exists():
+                inputs[key] = _fingerprint(value)
+            else:
+                settings[key] = plain(value)
+    for verb in stage.INPUTS:
+        inputs[verb] = _input_identity(stage, verb, config, workdir)
+    wanted = {"config": settings, "config_hash": files.hash_json(settings), "inputs": inputs, "code": code_version()}
+    return {"identity": files.hash_json(wanted), **wanted}
+
+
+def _input_identity(stage: Any, verb: str, config: ConfigDict, workdir: str | os.PathLike) -> str:
+    folder = pathlib.Path(workdir) / verb
+    recorded = _read(folder / MANIFEST)
+    if recorded is None:
+        raise UserError(f"{stage.NAME} needs {folder}: run `rosepo {verb} --workdir={workdir}` (or `rosepo run`) first")
+    _refuse_changes(folder, recorded, _wanted(module(verb), config, workdir))
+    return recorded["identity"]
+
+
+def _refuse_changes(out: pathlib.Path, recorded: dict, wanted: dict) -> None:
+    """Refuses a folder that was made with other settings or from other inputs than are wanted now."""
+    remedy = "choose another --workdir, or remove that folder to redo it"
+    old, new = recorded["config"], wanted["config"]
+    # A path is a setting while nothing lies there, and an input once something does: never compare across the two.
+    gone = set(recorded["inputs"]) & set(new) | set(old) & set(wanted["inputs"])
+    changed = [key for key in sorted(old.keys() | new.keys()) if key not in gone and old.get(key) != new.get(key)]
+    if changed:
+        was = ", ".join(f"{key}={_shown(old, key)}" for key in changed)
+        now = ", ".join(f"{key}={_shown(new, key)}" for key in changed)
+        raise UserError(f"{out}: was made with {was}; now {now}: {remedy}")
+    stale = [
+        name for name, value in wanted["inputs"].items() if name not in gone and recorded["inputs"].get(name) != value
+    ]
+    if stale:
+        raise UserError(f"{out}: is stale, {', '.join(stale)} changed since it was made: {remedy}")
+
+
+def _shown(settings: Mapping[str, Any], key: str) -> str:
+    return repr(settings[key]) if key in settings else "(absent)"
+
+
+def _read(path: pathlib.Path) -> dict | None:
+    return files.read_json(path) if path.exists() else None
+
+
+def _make_folder(path: pathlib.Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made ({error.strerror}); choose another --workdir") from None
+
+
+def _empty(out: pathlib.Path) -> None:
+    """Removes what a stage wrote, but not begun.json, which says that the folder is ours."""
+    for path in out.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != BEGUN:
+            path.unlink()
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """{"align.beta": 0.1, ...}"""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: numbers of numpy as Python's, tuples as lists, what is not finite as None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return plain(np.asarray(value).tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, pathlib.Path) else value
+
+
+def _fingerprint(path: str) -> str:
+    """Hash of a file or folder; computed again only when a name, size or time of change differs."""
+    root = pathlib.Path(path)
+    found = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+    return _hash_tree(path, tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in found))
+
+
+@functools.lru_cache(maxsize=64)
+def _hash_tree(path: str, _state: tuple) -> str:
+    return files.hash_tree(path)
+
+
+@functools.cache
+def code_version() -> str:
+    """Version of the package and the hash of its sources, e.g. "0.1.0+3f2a9c0d1e5b6a78"."""
+    root = pathlib.Path(rosepo_jax.__file__).parent
+    sources = sorted(p for p in root.rglob("*") if p.suffix in (".py", ".txt"))
+    content = [(str(path.relative_to(root)), path.read_text("utf-8")) for path in sources]
+    return f"{rosepo_jax.__version__}+{files.hash_json(content)}"
+
+
+def _packages() -> dict[str, str]:
+    installed = {}
+    for name in PACKAGES:
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            installed[name] = "missing"
+    return installed
