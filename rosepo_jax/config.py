@@ -35,7 +35,7 @@ def default() -> ConfigDict:
     d.template = "titles"  # a file of rosepo_jax/data/templates, or a path
     d.candidates_in_prompt = False  # fill the template's {candidates} slot from the frozen list
     d.world = ConfigDict(  # source = world: the embedded generative model of users and titles
-        dict(users=2000, items=300, genres=8, series=60, length=24, slate=12, exposure=0.5, noise=1.0, flip=0.0)
+        dict(users=2000, titles=300, genres=8, series=60, length=24, slate=12, exposure=0.5, noise=1.0, flip=0.0)
     )
 
     c.model = m = ConfigDict()

@@ -13,7 +13,6 @@ is our own; the slate follows the without-replacement sampling of Efraimidis & S
 """
 
 import dataclasses
-import types
 from typing import Any
 
 import numpy as np
@@ -66,11 +65,10 @@ class World:
 
 
 def generate(config: Any, seed: int) -> World:
-    """The world of `config` (`config.data.world`: users, items, genres, series, length, slate, exposure, noise, flip).
+    """The world of `config` (`config.data.world`: users, titles, genres, series, length, slate, exposure, noise, flip).
 
     The same bytes for the same config and seed. Raises UserError when the numbers do not fit together.
     """
-    config = types.SimpleNamespace(**config)  # an attribute `items` of a ConfigDict is its method
     _check(config)
     series_I, volume_I, genre_S = _shelve(config, seed)
     rank_I = _popularity_rank(series_I, volume_I, seed)
@@ -82,10 +80,10 @@ def generate(config: Any, seed: int) -> World:
     flipped_UxI = np.zeros(utility_UxI.shape, bool)
     flipped_UxI[user_E, item_E] = flipped_UxL[user_E, position_E]
     catalogue = Catalogue(
-        ids=tuple(f"i{item}" for item in range(config.items)),
+        ids=tuple(f"i{item}" for item in range(config.titles)),
         titles=_titles(series_I, volume_I, genre_S, seed),
         groups=tuple((tuple(NOUNS)[genre],) for genre in genre_S[series_I]),
-        count_I=np.zeros(config.items, np.int64),
+        count_I=np.zeros(config.titles, np.int64),
     )
     interactions = Interactions(
         user_E=user_E.astype(np.int64),
@@ -103,13 +101,13 @@ def _check(config: Any) -> None:
     most = _longest(config) + config.slate
     words = len(ADJECTIVES.split()) * 10  # titles of one genre
     for wrong, what in (
-        (min(config.users, config.items, config.genres, config.series, config.length) < 1, "all sizes must be >= 1"),
+        (min(config.users, config.titles, config.genres, config.series, config.length) < 1, "all sizes must be >= 1"),
         (config.slate < 2, "slate must be >= 2"),
         (config.genres > len(NOUNS), f"genres must be at most {len(NOUNS)}"),
         (config.series < config.genres, "series must be at least genres"),
-        (config.series > config.items, "series must be at most items"),
+        (config.series > config.titles, "series must be at most titles"),
         (-(-config.series // config.genres) > words, f"series must be at most {words} per genre"),
-        (config.items < most, f"items must be at least {most} (1.5 length + slate)"),
+        (config.titles < most, f"titles must be at least {most} (1.5 length + slate)"),
         (not 0 <= config.exposure <= 1, "exposure must be in [0, 1]"),
         (not 0 <= config.flip <= 1, "flip must be in [0, 1]"),
         (config.noise < 0, "noise must be >= 0"),
@@ -125,9 +123,9 @@ def _longest(config: Any) -> int:
 def _shelve(config: Any, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The series and the volume (from 0) of each item, and the genre of each series."""
     random = seeds.generator(seed, "world", "series")
-    extra = random.integers(config.series, size=config.items - config.series)
+    extra = random.integers(config.series, size=config.titles - config.series)
     series_I = np.sort(np.concatenate([np.arange(config.series), extra]))
-    volume_I = np.arange(config.items) - np.searchsorted(series_I, series_I)
+    volume_I = np.arange(config.titles) - np.searchsorted(series_I, series_I)
     return series_I, volume_I, np.arange(config.series) % config.genres
 
 
@@ -156,7 +154,7 @@ def _utility(config: Any, seed: int, series_I: np.ndarray, genre_S: np.ndarray, 
     genre_UxG = random.dirichlet(np.full(config.genres, 0.5), size=config.users)
     taste_UxD = random.standard_normal((config.users, TASTE_WIDTH))
     series_SxD = random.standard_normal((config.series, TASTE_WIDTH))
-    item_IxD = 0.9 * series_SxD[series_I] + np.sqrt(1 - 0.9**2) * random.standard_normal((config.items, TASTE_WIDTH))
+    item_IxD = 0.9 * series_SxD[series_I] + np.sqrt(1 - 0.9**2) * random.standard_normal((config.titles, TASTE_WIDTH))
     # einsum, not BLAS: the sum has one order on every number of threads
     taste_UxI = np.einsum("ud,id->ui", taste_UxD, item_IxD) / np.sqrt(TASTE_WIDTH)
     genre_UxI = (genre_UxG * np.sqrt(config.genres))[:, genre_S[series_I]]
