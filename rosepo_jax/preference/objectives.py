@@ -1,0 +1,318 @@
+"""Preference objectives as one factorised family.
+
+    a_j = score(policy, reference)_j                 j = 0 is the chosen response w, j = 1..K the rejected ones d
+    u   = AGG_d beta (a_w - a_d)  -  beta gamma      gamma: target margin over beta (SimPO)
+    l   = LINK(u, eps)                               row losses
+    L   = REDUCE_rows(l)  +  nll * NLL(y_w)
+
+| name | score | link | aggregator | source |
+|---|---|---|---|---|
+| dpo | sum_logratio | logistic | as configured | 2305.18290 |
+| cdpo, rosepo | sum_logratio | logistic with eps (one value, one per row) | as configured | Mitchell 2023, 2410.12519 |
+| robust | sum_logratio | robust | as configured | 2403.00409 |
+| ipo, ipo_sum | mean_logratio, sum_logratio | squared | as configured | 2310.12036 |
+| hinge | sum_logratio | hinge | as configured | 2305.10425 |
+| dpo_norm | mean_logratio | logistic | as configured | 2411.15124 |
+| simpo | mean_logp | logistic | as configured | 2405.14734 |
+| s-dpo | sum_logratio | logistic | lse | 2406.09215 |
+| dmpo | sum_logratio | logistic | mean | 2405.16127 |
+| dr-dpo | sum_logratio | logistic, reduced by log-mean-exp | as configured | 2407.07880 |
+
+RPO (2405.16436, 2404.19733) is any of these with `nll > 0`; its cumulative form is nll = eta * beta, reduction sum.
+The formula of RosePO is reconstructed from the published description: L(u, eps) = softplus(-u) + eps u.
+
+Reference log-probabilities, token counts, eps and masks never receive gradient. Row losses come first and one global
+reduction after them, so that losses which couple the rows of a batch do not depend on micro-batches or devices:
+`row_losses` for every micro-batch, `row_weights` of them all, then the gradient of `sum(row_weights * row_losses)`.
+"""
+
+import dataclasses
+import difflib
+import math
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from rosepo_jax.errors import UserError
+
+AGGREGATORS = ("pairs", "lse", "mean")
+NLL_REDUCTIONS = ("sum", "sequence", "token")
+ROBUST_LIMIT = 0.49  # the robust link divides by 1 - 2 eps
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """One member of the family; hashable, so it may be a static argument of `jax.jit`."""
+
+    score: str = "sum_logratio"  # sum_logratio | mean_logratio | mean_logp
+    aggregator: str = "pairs"  # pairs (K rows) | lse (softmax over the rejected) | mean
+    link: str = "logistic"  # logistic | robust | hinge | squared
+    reducer: str = "mean"  # mean | log_mean_exp: the latter couples the rows of a batch
+    smoothed: bool = False  # whether eps acts; otherwise it is taken as 0
+    beta: float = 0.1
+    gamma_ratio: float = 0.0
+    beta_prime: float = 1.0
+    nll: float = 0.0
+    nll_reduction: str = "sequence"
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.score != "mean_logp"
+
+
+OBJECTIVES = {
+    "dpo": Objective(),
+    "cdpo": Objective(smoothed=True),
+    "rosepo": Objective(smoothed=True),
+    "robust": Objective(link="robust", smoothed=True),
+    "ipo": Objective(score="mean_logratio", link="squared"),
+    "ipo_sum": Objective(link="squared"),
+    "hinge": Objective(link="hinge"),
+    "dpo_norm": Objective(score="mean_logratio"),
+    "simpo": Objective(score="mean_logp"),
+    "s-dpo": Objective(aggregator="lse"),
+    "dmpo": Objective(aggregator="mean"),
+    "dr-dpo": Objective(reducer="log_mean_exp"),
+}
+
+
+def objective(align: ConfigDict) -> Objective:
+    """The objective that the configuration section `align` names.
+
+    Raises:
+      UserError: an unknown name or choice, a number out of range, a combination that has no meaning.
+    """
+    name = align.objective
+    _choose("align.objective", name, tuple(OBJECTIVES))
+    _choose("align.aggregator", align.aggregator, AGGREGATORS)
+    _choose("align.nll_reduction", align.nll_reduction, NLL_REDUCTIONS)
+    for key in ("beta", "beta_prime"):
+        if not 0.0 < align[key] < math.inf:
+            raise UserError(f"align.{key}={align[key]}: must be a positive number")
+    if not 0.0 <= align.nll < math.inf:
+        raise UserError(f"align.nll={align.nll}: must be 0 or a positive number")
+    chosen = dataclasses.replace(
+        OBJECTIVES[name],
+        aggregator=OBJECTIVES[name].aggregator if name in ("s-dpo", "dmpo") else align.aggregator,
+        beta=float(align.beta),
+        gamma_ratio=float(align.gamma_ratio) if name == "simpo" else 0.0,
+        beta_prime=float(align.beta_prime),
+        nll=float(align.nll),
+        nll_reduction=align.nll_reduction,
+    )
+    if chosen.link == "robust":
+        _check_robust(align)
+    return chosen
+
+
+def smoothing_mode(align: ConfigDict) -> str:
+    """The mode that acts: none where the objective takes no eps, fixed for cdpo, else `align.smoothing.mode`."""
+    _choose("align.smoothing.mode", align.smoothing.mode, ("oracle", "fixed", "none", "shuffled"))
+    if not objective(align).smoothed or align.smoothing.mode == "none":
+        return "none"
+    return "fixed" if align.objective == "cdpo" else align.smoothing.mode
+
+
+def preference_loss(
+    objective: Objective,
+    logps_BxR: jax.Array,
+    ref_logps_BxR: jax.Array,
+    token_counts_BxR: jax.Array,
+    epsilon: jax.Array,
+    real_B: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss to differentiate (with the NLL term) and the metrics of one whole batch.
+
+    Args:
+      objective: the member of the family.
+      logps_BxR: log-probabilities of the responses under the policy, summed over tokens (EOS included), nats.
+      ref_logps_BxR: the same under the frozen reference.
+      token_counts_BxR: number of those tokens.
+      epsilon: probability that the label is flipped: [] or [B], or [B, K] with the `pairs` aggregator.
+      real_B: False in padding rows, which must hold finite numbers and change nothing.
+
+    Returns:
+      The scalar loss and scalar metrics (names as in TRL): `loss` is without the NLL term, `loss/total` with it.
+    """
+    losses_BxK = row_losses(objective, logps_BxR, ref_logps_BxR, token_counts_BxR, epsilon)
+    loss = reduce(objective, losses_BxK, real_B)
+    numerator_B, denominator_B = nll_rows(objective, logps_BxR, token_counts_BxR, real_B)
+    nll = jnp.sum(numerator_B) / jnp.maximum(jnp.sum(denominator_B), 1)
+    total = loss + objective.nll * nll
+    sums = metric_sums(objective, logps_BxR, ref_logps_BxR, token_counts_BxR, epsilon, real_B)
+    metrics = {"loss": loss, "loss/total": total, "nll": nll, **means(sums)}
+    if objective.reducer != "mean":
+        metrics["loss/row_mean"] = _masked_mean(losses_BxK, real_B)
+    return total, jax.lax.stop_gradient(metrics)
+
+
+def scores(
+    objective: Objective, logps_BxR: jax.Array, ref_logps_BxR: jax.Array, token_counts_BxR: jax.Array
+) -> jax.Array:
+    """The responses' scores a_BxR (implicit rewards before beta); at least float32, no gradient to the reference."""
+    dtype = jnp.promote_types(logps_BxR.dtype, jnp.float32)
+    a_BxR = logps_BxR.astype(dtype)
+    if objective.score != "mean_logp":
+        a_BxR = a_BxR - jax.lax.stop_gradient(ref_logps_BxR).astype(dtype)
+    if objective.score != "sum_logratio":
+        a_BxR = a_BxR / jnp.maximum(token_counts_BxR, 1).astype(dtype)  # 0 tokens: padding rows only
+    return a_BxR
+
+
+def margins(objective: Objective, a_BxR: jax.Array) -> jax.Array:
+    """The margins u [B, K] with the `pairs` aggregator, else [B, 1]: positive where the chosen response wins."""
+    difference_BxK = objective.beta * (a_BxR[:, :1] - a_BxR[:, 1:])
+    match objective.aggregator:
+        case "pairs":
+            u_BxK = difference_BxK
+        case "lse":
+            u_BxK = -jax.nn.logsumexp(-difference_BxK, axis=1, keepdims=True)
+        case "mean":
+            u_BxK = jnp.mean(difference_BxK, axis=1, keepdims=True)
+        case _:
+            raise ValueError(f"aggregator {objective.aggregator!r}")
+    return u_BxK - objective.beta * objective.gamma_ratio
+
+
+def link(objective: Objective, u: jax.Array, epsilon: jax.Array) -> jax.Array:
+    """Row losses of margins `u` and flip probabilities `epsilon` of the same shape.
+
+    logistic: softplus(-u) + eps u = (1 - eps) softplus(-u) + eps softplus(u), minimal at u = logit(1 - eps);
+    robust: ((1 - eps) softplus(-u) - eps softplus(u)) / (1 - 2 eps), unbounded below: negative values are normal;
+    hinge: max(0, 1 - u); squared: (u/beta - 1/(2 beta))^2.
+    """
+    match objective.link:
+        case "logistic":
+            return jax.nn.softplus(-u) + epsilon * u
+        case "robust":
+            return ((1 - epsilon) * jax.nn.softplus(-u) - epsilon * jax.nn.softplus(u)) / (1 - 2 * epsilon)
+        case "hinge":
+            return jax.nn.relu(1 - u)
+        case "squared":
+            return jnp.square(u / objective.beta - 0.5 / objective.beta)
+    raise ValueError(f"link {objective.link!r}")
+
+
+def row_losses(
+    objective: Objective,
+    logps_BxR: jax.Array,
+    ref_logps_BxR: jax.Array,
+    token_counts_BxR: jax.Array,
+    epsilon: jax.Array,
+) -> jax.Array:
+    """The row losses [B, K] with the `pairs` aggregator (each pair is a row), else [B, 1]; arguments as above."""
+    u_BxK = margins(objective, scores(objective, logps_BxR, ref_logps_BxR, token_counts_BxR))
+    return link(objective, u_BxK, _epsilon(objective, epsilon, u_BxK))
+
+
+def reduce(objective: Objective, losses_BxK: jax.Array, real_B: jax.Array) -> jax.Array:
+    """The loss of a whole batch from the row losses of all its micro-batches, concatenated along B.
+
+    mean: sum over real rows / their number. log_mean_exp (Dr.DPO): -beta' log mean_i exp(-l_i / beta').
+    """
+    if objective.reducer == "mean":
+        return _masked_mean(losses_BxK, real_B)
+    real_BxK = jnp.broadcast_to(real_B[:, None], losses_BxK.shape)
+    exponent_BxK = jnp.where(real_BxK, -losses_BxK / objective.beta_prime, -jnp.inf)
+    count = jnp.sum(real_BxK, dtype=losses_BxK.dtype)
+    return -objective.beta_prime * (jax.nn.logsumexp(exponent_BxK) - jnp.log(count))
+
+
+def row_weights(objective: Objective, losses_BxK: jax.Array, real_B: jax.Array) -> jax.Array:
+    """d reduce / d row loss, [B, K]: the constants by which micro-batches weight their row losses.
+
+    Real rows' weights sum to 1, padding has weight 0. With the `mean` reducer they do not depend on `losses_BxK`, so a
+    single pass over the micro-batches is enough.
+    """
+    return jax.grad(reduce, argnums=1)(objective, jax.lax.stop_gradient(losses_BxK), real_B)
+
+
+def nll_rows(
+    objective: Objective, logps_BxR: jax.Array, token_counts_BxR: jax.Array, real_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Numerators [B] and denominators [B] of the chosen responses' NLL: sum(numerators) / sum(denominators).
+
+    sum: mean over rows of a response's summed NLL; sequence: mean over rows of its mean over tokens;
+    token: mean over all tokens of all rows. Both parts add up over micro-batches.
+    """
+    nll_B = -logps_BxR[:, 0].astype(jnp.promote_types(logps_BxR.dtype, jnp.float32))
+    tokens_B = token_counts_BxR[:, 0].astype(nll_B.dtype)
+    real_B = real_B.astype(bool)
+    if objective.nll_reduction == "sequence":
+        nll_B = nll_B / jnp.maximum(tokens_B, 1)
+    denominator_B = tokens_B if objective.nll_reduction == "token" else jnp.ones_like(nll_B)
+    return jnp.where(real_B, nll_B, 0), jnp.where(real_B, denominator_B, 0)
+
+
+def metric_sums(
+    objective: Objective,
+    logps_BxR: jax.Array,
+    ref_logps_BxR: jax.Array,
+    token_counts_BxR: jax.Array,
+    epsilon: jax.Array,
+    real_B: jax.Array,
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Metrics as (sum over real rows, number of real rows): add both over micro-batches, then take `means`.
+
+    Rewards are beta times the score; of K rejected responses the mean is taken, and accuracy means that the chosen
+    response beats all of them.
+    """
+    dtype = jnp.promote_types(logps_BxR.dtype, jnp.float32)
+    reward_BxR = objective.beta * scores(objective, logps_BxR, ref_logps_BxR, token_counts_BxR)
+    chosen_B, rejected_BxK = reward_BxR[:, 0], reward_BxR[:, 1:]
+    rejected_B = jnp.mean(rejected_BxK, axis=1)
+    epsilon_BxK = _epsilon(objective, epsilon, margins(objective, reward_BxR))
+    values = {
+        "rewards/chosen": chosen_B,
+        "rewards/rejected": rejected_B,
+        "rewards/margins": chosen_B - rejected_B,
+        "rewards/accuracies": (chosen_B > jnp.max(rejected_BxK, axis=1)).astype(dtype),
+        "logps/chosen": logps_BxR[:, 0].astype(dtype),
+        "logps/rejected": jnp.mean(logps_BxR[:, 1:].astype(dtype), axis=1),
+        "epsilon/mean": jnp.mean(epsilon_BxK, axis=1),
+    }
+    real_B = real_B.astype(bool)
+    count = jnp.sum(real_B, dtype=dtype)
+    return jax.lax.stop_gradient({name: (jnp.sum(jnp.where(real_B, v, 0)), count) for name, v in values.items()})
+
+
+def means(sums: dict[str, tuple[jax.Array, jax.Array]]) -> dict[str, jax.Array]:
+    """Scalars from `metric_sums`."""
+    return {name: total / jnp.maximum(count, 1) for name, (total, count) in sums.items()}
+
+
+def _masked_mean(losses_BxK: jax.Array, real_B: jax.Array) -> jax.Array:
+    real_BxK = jnp.broadcast_to(real_B[:, None], losses_BxK.shape).astype(bool)
+    return jnp.sum(jnp.where(real_BxK, losses_BxK, 0)) / jnp.maximum(jnp.sum(real_BxK, dtype=losses_BxK.dtype), 1)
+
+
+def _epsilon(objective: Objective, epsilon: jax.Array, u_BxK: jax.Array) -> jax.Array:
+    """eps in the shape of the margins, detached; 0 where the objective takes none."""
+    if not objective.smoothed:
+        return jnp.zeros_like(u_BxK)
+    epsilon = jax.lax.stop_gradient(jnp.asarray(epsilon)).astype(u_BxK.dtype)
+    if epsilon.ndim == 1:
+        epsilon = epsilon[:, None]
+    if epsilon.ndim == 2 and epsilon.shape[1] not in (1, u_BxK.shape[1]):
+        raise ValueError(f"epsilon {epsilon.shape} for {u_BxK.shape} margins: aggregate it by smoothing.row_epsilon")
+    return jnp.broadcast_to(epsilon, u_BxK.shape)
+
+
+def _choose(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(choices)}"
+        raise UserError(f"{key}={value}: unknown; {hint}")
+
+
+def _check_robust(align: ConfigDict) -> None:
+    """The robust link exists only for eps < 1/2."""
+    mode = align.smoothing.mode
+    if mode == "fixed" and not align.smoothing.value < ROBUST_LIMIT:
+        raise UserError(f"align.smoothing.value={align.smoothing.value}: robust needs less than {ROBUST_LIMIT}")
+    if mode in ("oracle", "shuffled"):
+        if not align.smoothing.cap < ROBUST_LIMIT:
+            raise UserError(f"align.smoothing.cap={align.smoothing.cap}: robust needs less than {ROBUST_LIMIT}")
+        if align.aggregator == "lse":  # the eps of a row with K rejected may reach K/(K+1)
+            raise UserError("align.aggregator=lse: robust with a per-pair eps needs aggregator pairs or mean")
