@@ -37,6 +37,7 @@ from ml_collections import ConfigDict
 from rosepo_jax.errors import UserError
 
 AGGREGATORS = ("pairs", "lse", "mean")
+SMOOTHING_MODES = ("oracle", "fixed", "none", "shuffled")
 NLL_REDUCTIONS = ("sum", "sequence", "token")
 ROBUST_LIMIT = 0.49  # the robust link divides by 1 - 2 eps
 
@@ -84,9 +85,9 @@ def objective(align: ConfigDict) -> Objective:
       UserError: an unknown name or choice, a number out of range, a combination that has no meaning.
     """
     name = align.objective
-    _choose("align.objective", name, tuple(OBJECTIVES))
-    _choose("align.aggregator", align.aggregator, AGGREGATORS)
-    _choose("align.nll_reduction", align.nll_reduction, NLL_REDUCTIONS)
+    choose("align.objective", name, tuple(OBJECTIVES))
+    choose("align.aggregator", align.aggregator, AGGREGATORS)
+    choose("align.nll_reduction", align.nll_reduction, NLL_REDUCTIONS)
     for key in ("beta", "beta_prime"):
         if not 0.0 < align[key] < math.inf:
             raise UserError(f"align.{key}={align[key]}: must be a positive number")
@@ -108,7 +109,7 @@ def objective(align: ConfigDict) -> Objective:
 
 def smoothing_mode(align: ConfigDict) -> str:
     """The mode that acts: none where the objective takes no eps, fixed for cdpo, else `align.smoothing.mode`."""
-    _choose("align.smoothing.mode", align.smoothing.mode, ("oracle", "fixed", "none", "shuffled"))
+    choose("align.smoothing.mode", align.smoothing.mode, SMOOTHING_MODES)
     if not objective(align).smoothed or align.smoothing.mode == "none":
         return "none"
     return "fixed" if align.objective == "cdpo" else align.smoothing.mode
@@ -299,7 +300,8 @@ def _epsilon(objective: Objective, epsilon: jax.Array, u_BxK: jax.Array) -> jax.
     return jnp.broadcast_to(epsilon, u_BxK.shape)
 
 
-def _choose(key: str, value: str, choices: tuple[str, ...]) -> None:
+def choose(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises UserError, with a suggestion, unless the value of a configuration key is one of the choices."""
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(choices)}"
