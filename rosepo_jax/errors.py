@@ -1,5 +1,8 @@
 """The one exception that users see."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Something the user can mend: bad input, bad config, a missing file.
@@ -7,3 +10,9 @@ class UserError(Exception):
     The message is one line: what is wrong, where (file, row, key), what to do. The command line prints it without a
     traceback and exits with status 2.
     """
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """A suggestion to end an error message with: "; did you mean beta?", or nothing."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -31,11 +31,9 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import rosepo_jax
-from rosepo_jax import files
+from rosepo_jax import configuration, files
 from rosepo_jax.errors import UserError
 from rosepo_jax.training.metrics import is_primary
-
-STAGES = ("prepare", "oracle", "sft", "pairs", "align", "evaluate", "report")
 
 # Config values that name files of the user: what counts is their content, not where they lie.
 PATH_KEYS = ("data.path", "data.titles", "data.template", "model.path", "pairs.path")
@@ -143,15 +141,15 @@ def _run(stage: Any, config: ConfigDict, workdir: str | os.PathLike, out: pathli
             "seconds": round(time.monotonic() - clock, 3),
             "result": plain(result or {}),
         }
+        files.write_json(pathlib.Path(workdir) / "config.json", manifest["resolved_config"])
         files.write_json(out / MANIFEST, manifest)
         (out / BEGUN).unlink()
-        files.write_json(pathlib.Path(workdir) / "config.json", manifest["resolved_config"])
 
 
 def _wanted(stage: Any, config: ConfigDict, workdir: str | os.PathLike) -> dict:
     """What determines the result of a stage: its settings, its inputs and the code; and their hash, its identity."""
     settings, inputs = {}, {}
-    for key, value in flatten(config).items():
+    for key, value in configuration.flatten(config).items():
         if any(key == name or key.startswith(f"{name}.") for name in stage.KEYS):
             if key in PATH_KEYS and value and pathlib.Path(value).exists():
                 inputs[key] = _fingerprint(value)
@@ -217,14 +215,6 @@ def _empty(out: pathlib.Path) -> None:
 def _barrier(name: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
-
-
-def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """{"align.beta": 0.1, ...}"""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def plain(value: Any) -> Any:

@@ -1,0 +1,109 @@
+"""What is installed, which devices are seen, what is missing and how to get it. Imports nothing heavy at its top."""
+
+import argparse
+import importlib.metadata
+import os
+import pathlib
+import platform
+import shutil
+import sys
+
+import rosepo_jax
+
+GIB = 2**30
+OPTIONAL = {"torch": "parity", "trl": "parity", "peft": "parity", "pytest": "dev"}
+INSTALL = "pip install -r requirements.txt"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Prints versions and devices; exit status 2 when something that is needed is missing."
+
+
+def main(_config: object, _args: argparse.Namespace) -> int:
+    print(f"rosepo_jax {rosepo_jax.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    disk = shutil.disk_usage(".").free / GIB
+    print(f"host: {os.cpu_count()} CPU cores, {memory:.1f} GiB memory, {disk:.1f} GiB free on this disk")
+    problems = [] if sys.version_info >= (3, 11) else ["Python 3.11 or later is needed"]
+    for name, installed, wanted, fine in requirements():
+        print(f"  {name:<22} {installed or 'missing':<12} {'' if fine else f'<- needs {wanted or name}'}".rstrip())
+        if not fine:
+            problems.append(f"{name} {installed or 'is missing'}: {INSTALL}")
+    for name, extra in OPTIONAL.items():
+        print(f"  {name:<22} {version(name) or 'absent':<12} (optional: pip install 'rosepo-jax[{extra}]')")
+    if reason := known_bad():
+        problems.append(reason)
+    else:
+        problems += _devices()
+    for problem in problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    print("doctor: all is well" if not problems else f"doctor: {len(problems)} to mend")
+    return 2 if problems else 0
+
+
+def version(name: str) -> str | None:
+    """Version of an installed distribution, without importing it."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def known_bad(jax: str | None = None, flax: str | None = None) -> str | None:
+    """Why this pair of versions (default: the installed one) cannot work; None when nothing is known against it."""
+    jax, flax = jax or version("jax"), flax or version("flax")
+    if jax and flax and _numbers(jax) >= (0, 11, 1) and _numbers(flax) <= (0, 12, 8):
+        return (
+            f"jax {jax} with flax {flax} fails at import (jax.experimental.hijax lost MutableHiType): "
+            f"install flax 0.12.9 or later, or jax below 0.11: {INSTALL}"
+        )
+    return None
+
+
+def requirements() -> list[tuple[str, str | None, str, bool]]:
+    """(name, installed version or None, wanted versions, whether that is fine) of everything that is needed here."""
+    from packaging.requirements import Requirement
+
+    declared = importlib.metadata.requires("rosepo-jax") or [] if version("rosepo-jax") else _requirements_file()
+    found = []
+    for wanted in map(Requirement, declared):
+        if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
+            installed = version(wanted.name)
+            fine = installed is not None and wanted.specifier.contains(installed, prereleases=True)
+            found.append((wanted.name, installed, str(wanted.specifier), fine))
+    return found
+
+
+def _requirements_file() -> list[str]:
+    """The requirements of a checkout that was not installed."""
+    path = pathlib.Path(rosepo_jax.__file__).parent.parent / "requirements.txt"
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    return [text for line in lines if (text := line.partition("#")[0].strip())]
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """ "0.12.8" -> (0, 12, 8); what is not a number ends it."""
+    numbers = []
+    for part in text.split(".")[:3]:
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def _devices() -> list[str]:
+    """Prints the devices that JAX sees; returns what is wrong with them."""
+    try:
+        import jax
+
+        devices = jax.devices()
+    except Exception as error:  # whatever is broken in the installation, the user should read it here
+        return [f"jax finds no device: {type(error).__name__}: {str(error).splitlines()[0]}"]
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    memory = f", {limits[0] / GIB:.1f} GiB each" if limits[0] else ""
+    print(f"devices: {len(devices)} x {devices[0].device_kind} ({jax.default_backend()}{memory})")
+    if jax.default_backend() == "cpu" and pathlib.Path("/dev/nvidiactl").exists():
+        return ["an NVIDIA GPU is here but jax uses the CPU: pip install 'rosepo-jax[gpu]'"]
+    if jax.default_backend() == "cpu" and any(pathlib.Path("/dev").glob("accel[0-9]*")):
+        return ["a TPU is here but jax uses the CPU: pip install 'rosepo-jax[tpu]'"]
+    return []
