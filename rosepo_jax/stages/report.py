@@ -1,0 +1,75 @@
+"""report: one page, one JSON file and one table for the terminal, made from what the other stages left."""
+
+import pathlib
+
+import pyarrow.parquet
+from ml_collections import ConfigDict
+
+from rosepo_jax import files
+from rosepo_jax.data.catalogue import Catalogue
+from rosepo_jax.evaluation import report
+from rosepo_jax.stages import STAGES, runtime
+from rosepo_jax.training.metrics import is_primary
+
+NAME = "report"
+INPUTS = ("evaluate",)  # whose identity covers every stage before it; their folders are read where they are there
+KEYS = ()
+RESUMABLE = False
+
+
+def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) -> dict:
+    """Writes report.html and summary.json, prints the headline table and returns it."""
+    found = material(config, inputs["evaluate"].parent)
+    text = report.table(found.results)
+    if is_primary():
+        files.write_text(out / "report.html", report.html(found))
+        files.write_json(out / "summary.json", report.summary(found))
+    runtime.say(f"{text}\n\n" + "\n".join(report.verdicts(found.results)) + f"\n\n{out / 'report.html'}")
+    return {"table": text, "verdicts": report.verdicts(found.results)}
+
+
+def material(config: ConfigDict, workdir: pathlib.Path) -> report.Material:
+    """Reads what is below `workdir`: complete stages only, and all but `evaluate` may be missing."""
+    stages = [verb for verb in STAGES if verb != NAME and (workdir / verb / runtime.MANIFEST).exists()]
+    prepared = workdir / "prepare" if "prepare" in stages else None
+    predictions = {
+        protocol: {
+            model: files.read_jsonl(path)
+            for model in ("sft", "aligned")
+            if (path := workdir / "evaluate" / "predictions" / f"{protocol}.{model}.jsonl").exists()
+        }
+        for protocol in ("candidates", "catalogue")
+    }
+    return report.Material(
+        results=files.read_json(workdir / "evaluate" / "results.json"),
+        predictions=predictions,
+        titles=Catalogue.load(prepared / "catalogue.jsonl").titles if prepared else (),
+        users=files.read_json(prepared / "users.json") if prepared else (),
+        histories=_histories(prepared / "dataset") if prepared else {},
+        statistics=files.read_json(prepared / "statistics.json") if prepared else {},
+        metrics={
+            verb: files.read_jsonl(path)
+            for verb in stages
+            if verb in ("oracle", "sft", "align") and (path := workdir / verb / "metrics.jsonl").exists()
+        },
+        pairs=_pairs(workdir / "pairs" / "pairs.parquet") if "pairs" in stages else {},
+        manifests={verb: files.read_json(workdir / verb / runtime.MANIFEST) for verb in stages},
+        config=config.to_dict(),
+    )
+
+
+def _histories(dataset: pathlib.Path) -> dict[tuple[int, int], list[int]]:
+    from rosepo_jax.data import store  # slow to import
+
+    rows = store.read(dataset, "test")
+    return {
+        (int(user), int(position)): [int(item) for item in history if item >= 0]
+        for user, position, history in zip(rows.user_E, rows.position_E, rows.history_ExN, strict=True)
+    }
+
+
+def _pairs(path: pathlib.Path) -> dict[str, list]:
+    """The columns the report shows; ready-made pairs may lack any of them."""
+    with pyarrow.parquet.ParquetFile(path) as file:
+        columns = [name for name in ("epsilon", "strategy", "flipped") if name in file.schema_arrow.names]
+        return file.read(columns=columns).to_pydict()
