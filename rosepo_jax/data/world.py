@@ -19,7 +19,7 @@ import numpy as np
 
 from rosepo_jax import seeds
 from rosepo_jax.data.catalogue import Catalogue
-from rosepo_jax.data.sources import Interactions, RawLog
+from rosepo_jax.data.log import Interactions, RawLog
 from rosepo_jax.errors import UserError
 
 TASTE_WIDTH = 8  # dimensions of the individual taste
@@ -88,7 +88,7 @@ def generate(config: Any, seed: int) -> World:
     interactions = Interactions(
         user_E=user_E.astype(np.int64),
         item_E=item_E,
-        timestamp_E=_timestamps(item_UxL.shape, seed)[user_E, position_E],
+        timestamp_E=_timestamps(item_UxL.shape, seed)[user_E, position_E].astype(np.float64),
         row_E=np.arange(len(user_E), dtype=np.int64),
         rating_E=None,
         split_E=None,
