@@ -1,0 +1,160 @@
+"""Reading tables row by row: memory bounded by one row, every error named by file and row (the line number, from 1).
+
+A row longer than `ROW_LIMIT` bytes is refused after that many bytes, so a file without line ends never fills memory.
+"""
+
+import csv
+import gzip
+import json
+import math
+import pathlib
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+from rosepo_jax.errors import UserError
+
+ROW_LIMIT = 1 << 20  # bytes
+
+Record = tuple[int, dict[str, Any]]  # row number, columns
+
+
+def lines(path: pathlib.Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
+    """(row, text without its line end) of every line that is not blank; `.gz` is unpacked."""
+    for row, line in _lines(path, encoding):
+        if text := line.rstrip("\r\n"):
+            yield row, text
+
+
+def fields(path: pathlib.Path, separator: str, count: int, encoding: str = "utf-8") -> Iterator[tuple[int, list[str]]]:
+    """(row, fields) of a table without header; every row must have `count` fields."""
+    for row, line in lines(path, encoding):
+        values = line.split(separator)
+        if len(values) != count:
+            raise UserError(f"{path}: row {row} has {len(values)} fields separated by {separator!r}, expected {count}")
+        yield row, values
+
+
+def unquoted(path: pathlib.Path) -> Iterator[Record]:
+    """(row, {column: value}) of a tab-separated table with a header in which a quote is an ordinary character."""
+    header: list[str] = []
+    for row, line in lines(path):
+        values = line.split("\t")
+        if not header:
+            header = values
+        elif len(values) != len(header):
+            raise UserError(f"{path}: row {row} has {len(values)} fields, the header has {len(header)}")
+        else:
+            yield row, dict(zip(header, values))
+
+
+def records(path: pathlib.Path) -> Iterator[Record]:
+    """(row, {column: value}) of a .csv, .tsv, .jsonl, .json (one object a line) or .parquet file; text also as .gz."""
+    suffix = pathlib.Path(path.name.removesuffix(".gz")).suffix
+    if suffix == ".parquet":
+        return _parquet(path)
+    if suffix in (".jsonl", ".json"):
+        return json_lines(path)
+    if suffix in (".csv", ".tsv"):
+        return _csv(path, "\t" if suffix == ".tsv" else ",")
+    raise UserError(f"{path}: unknown kind of file; use .csv, .tsv, .jsonl, .json or .parquet")
+
+
+def json_lines(path: pathlib.Path) -> Iterator[Record]:
+    """(row, object) of a JSON-lines file."""
+    for row, line in lines(path):
+        try:
+            value = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{path}: row {row} is not valid JSON ({error})") from None
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: row {row} is not a JSON object")
+        yield row, value
+
+
+def field(record: dict[str, Any], name: str, path: pathlib.Path, row: int, hint: str = "") -> Any:
+    """A column of a record; UserError lists the columns there are when it is missing."""
+    if name not in record:
+        there = ", ".join(map(str, list(record)[:12]))
+        raise UserError(f"{path}: row {row} has no column {name!r} (it has: {there}){hint and '; ' + hint}")
+    return record[name]
+
+
+def number(value: Any, name: str, path: pathlib.Path, row: int) -> float:
+    """A finite number; UserError otherwise."""
+    try:
+        result = float(value)
+    except (TypeError, ValueError):
+        result = math.nan
+    if not math.isfinite(result):
+        raise UserError(f"{path}: row {row}: {name} {str(value)[:60]!r} is not a finite number")
+    return result
+
+
+def text(value: Any, name: str, path: pathlib.Path, row: int) -> str:
+    """An id or title as text: strings stay as they are (leading zeros too), whole numbers become digits."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: row {row}: {name} is not UTF-8") from None
+    if isinstance(value, bool) or not (isinstance(value, str) or hasattr(value, "__index__")):
+        raise UserError(f"{path}: row {row}: {name} {str(value)[:60]!r} is neither text nor a whole number")
+    return str(value)
+
+
+def _lines(path: pathlib.Path, encoding: str) -> Iterator[tuple[int, str]]:
+    """(row, text with its line end), the byte-order mark removed."""
+    empty = True
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            for row, line in enumerate(iter(lambda: file.readline(ROW_LIMIT + 1), b""), 1):
+                if len(line) > ROW_LIMIT:
+                    raise UserError(f"{path}: row {row} is longer than {ROW_LIMIT} bytes; is this a text table?")
+                if row == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                try:
+                    decoded = line.decode(encoding)
+                except UnicodeDecodeError as error:
+                    where = f"byte {error.start + 1} of the row"
+                    raise UserError(f"{path}: row {row} is not {encoding} ({where}); convert the file") from None
+                empty = empty and not decoded.strip()
+                yield row, decoded
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if empty:
+        raise UserError(f"{path}: the file is empty")
+
+
+def _csv(path: pathlib.Path, separator: str) -> Iterator[Record]:
+    csv.field_size_limit(ROW_LIMIT)  # an unclosed quote ends here, not at the end of the file
+    reader = csv.reader((line for _, line in _lines(path, "utf-8")), delimiter=separator, strict=True)
+    header: list[str] = []
+    try:
+        for values in reader:
+            if not values:
+                continue
+            if not header:
+                header = [name.strip() for name in values]
+                if len(set(header)) < len(header):
+                    raise UserError(f"{path}: row {reader.line_num}: two columns have the same name")
+            elif len(values) != len(header):
+                raise UserError(f"{path}: row {reader.line_num} has {len(values)} fields, the header has {len(header)}")
+            else:
+                yield reader.line_num, dict(zip(header, values))
+    except csv.Error as error:
+        raise UserError(f"{path}: row {reader.line_num} is not valid CSV ({error})") from None
+
+
+def _parquet(path: pathlib.Path) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            row = 0
+            for batch in file.iter_batches(batch_size=4096):
+                for row, record in enumerate(batch.to_pylist(), row + 1):  # noqa: B020
+                    yield row, record
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
