@@ -78,7 +78,9 @@ def mixture(text: str) -> dict[str, float]:
     return {name: weight / total for name, weight in weights.items()}
 
 
-def strategies(weights: Mapping[str, float], seed: int, user_E: np.ndarray, position_E: np.ndarray, n: int):
+def strategies(
+    weights: Mapping[str, float], seed: int, user_E: np.ndarray, position_E: np.ndarray, n: int
+) -> np.ndarray:
     """strategy_ExK, int8: the strategy of each of the n draws of a row, by hash with the weights of `mixture`."""
     uniform_ExK = seeds.uniform(seeds.key(seed, "strategy"), user_E[:, None], position_E[:, None], np.arange(n)[None])
     names = sorted(weights, key=STRATEGIES.index)
@@ -245,7 +247,9 @@ def _nearest(near_ExM: np.ndarray, top: int) -> np.ndarray:
     return np.where(near_ExM >= edge_Ex1, near_ExM, -np.inf)
 
 
-def _pick(proposals: Mapping[int, tuple[np.ndarray, np.ndarray]], strategy_ExK: np.ndarray, group_I: np.ndarray):
+def _pick(
+    proposals: Mapping[int, tuple[np.ndarray, np.ndarray]], strategy_ExK: np.ndarray, group_I: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """rejected_ExK and failed_E: draw after draw the best proposal of its strategy whose title is not yet taken."""
     rejected_ExK = np.full(strategy_ExK.shape, -1, np.int32)
     failed_E = np.full(len(strategy_ExK), -1, np.int8)
