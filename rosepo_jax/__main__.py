@@ -19,11 +19,12 @@ Tools:
   doctor     versions, devices, what is missing and how to get it
 
 `rosepo VERB --help` says more. Every config key, its default and its meaning: rosepo_jax/config.py.
+As in TRL, --config.align.label_smoothing=0.1 is align.smoothing.mode=fixed and .value=0.1, and align.loss_type is
+align.objective.
 """
 
 import argparse
 import importlib
-import logging
 import os
 import pathlib
 import sys
@@ -137,7 +138,6 @@ def quiet() -> None:
     """Silences notices of libraries about frameworks that are absent on purpose; what the user has set stays."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 def refuse_known_bad() -> None:

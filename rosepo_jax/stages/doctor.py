@@ -25,7 +25,11 @@ def main(_config: object, _args: argparse.Namespace) -> int:
     disk = shutil.disk_usage(".").free / GIB
     print(f"host: {os.cpu_count()} CPU cores, {memory:.1f} GiB memory, {disk:.1f} GiB free on this disk")
     problems = [] if sys.version_info >= (3, 11) else ["Python 3.11 or later is needed"]
-    for name, installed, wanted, fine in requirements():
+    try:
+        needed = requirements()
+    except ModuleNotFoundError as error:
+        needed = [(str(error.name), None, "", False)]
+    for name, installed, wanted, fine in needed:
         print(f"  {name:<22} {installed or 'missing':<12} {'' if fine else f'<- needs {wanted or name}'}".rstrip())
         if not fine:
             problems.append(f"{name} {installed or 'is missing'}: {INSTALL}")

@@ -76,7 +76,7 @@ def execute(stage: Any, config: ConfigDict, workdir: str | os.PathLike, pool: di
         _refuse_changes(out, recorded, wanted)
         same_code = recorded["code"] == wanted["code"]
         say(f"{stage.NAME}: up to date" + ("" if same_code else f" (made by other code: {recorded['code']})"))
-    elif pool is not None and wanted["identity"] in pool:
+    elif pool is not None and wanted["identity"] in pool and not out.exists():
         shared = pool[wanted["identity"]]
         if is_primary():
             _make_folder(out.parent)
@@ -117,7 +117,7 @@ def _run(stage: Any, config: ConfigDict, workdir: str | os.PathLike, out: pathli
         # Nothing half-written stays, but for what a resumable stage can go on from.
         if is_primary() and not (stage.RESUMABLE and any(path.name != BEGUN for path in out.iterdir())):
             _empty(out)
-            (out / BEGUN).unlink()
+            (out / BEGUN).unlink(missing_ok=True)
             out.rmdir()
         raise
     _barrier(f"{stage.NAME} run")

@@ -131,12 +131,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as text: settings, then the figures that some run has."""
     shown = [name for name in FIGURES if any(row[name] is not None for row in rows)]
     settings = sorted({key for row in rows for key in row["settings"]})
-    lines = [[*settings, *(FIGURES[name][0] for name in shown)]]
+    head = [*settings, *(FIGURES[name][0] for name in shown)]
+    lines = [head]
     for row in rows:
-        values = [str(row["settings"].get(key, "")) for key in settings]
         numbers = ["-" if row[name] is None else format(row[name], FIGURES[name][1]) for name in shown]
-        lines.append([*values, *numbers] if row["error"] is None else [*values, f"failed: {row['error']}"])
-    regular = [line for line in lines if len(line) == len(lines[0])]
-    widths = [max(len(line[column]) for line in regular) for column in range(len(lines[0]))]
+        lines.append([*(str(row["settings"].get(key, "")) for key in settings), *numbers])
+    widths = [max(map(len, column)) for column in zip(*lines)]
     text = ["  ".join(word.ljust(width) for word, width in zip(line, widths)).rstrip() for line in lines]
-    return "\n".join([f"best first by {CHOSEN_BY}", *text])
+    failed = [f"{row['run']}: failed: {row['error']}" for row in rows if row["error"] is not None]
+    return "\n".join([f"best first by {CHOSEN_BY}", *text, *failed])
