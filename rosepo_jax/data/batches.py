@@ -1,0 +1,45 @@
+"""Batches as a pure function of (seed, step): the same examples per step on any number of hosts, also after a restart.
+
+grain reads ahead in threads; it decides nothing. The data position of a run is its step number.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import grain
+import jax
+import numpy as np
+
+from rosepo_jax import seeds
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, rows: int) -> np.ndarray:
+    return seeds.generator(seed, "order", epoch).permutation(rows)
+
+
+def order(seed: int, step: int, batch_size: int, rows: int) -> np.ndarray:
+    """Row numbers [B] of batch `step`: consecutive pieces of one fresh permutation per epoch, without gaps."""
+    position = step * batch_size + np.arange(batch_size)
+    return np.array([_permutation(seed, int(p) // rows, rows)[p % rows] for p in position])
+
+
+def stream(
+    encode: Callable[[np.ndarray], dict[str, np.ndarray]], rows: int, *, seed: int, batch_size: int, start: int, stop: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """This host's part of batches start..stop-1; `encode(row numbers)` makes the arrays (leading axis: rows)."""
+    host, hosts = jax.process_index(), jax.process_count()
+    mine = slice(host * batch_size // hosts, (host + 1) * batch_size // hosts)
+
+    def load(step: int) -> dict[str, np.ndarray]:
+        return encode(order(seed, step, batch_size, rows)[mine])
+
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    return iter(grain.MapDataset.range(start, stop).map(load).to_iter_dataset(options))
+
+
+def blocks(rows: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All rows once, in order, in blocks of one size: (row numbers, real mask); the last block repeats row 0 as padding."""
+    for start in range(0, rows, batch_size):
+        index = np.arange(start, start + batch_size)
+        yield np.where(index < rows, index, 0), index < rows

@@ -1,0 +1,131 @@
+"""Preference pairs at rest: one row per prompt with its chosen and K rejected responses, as Parquet, and as TRL reads them."""
+
+import dataclasses
+import io
+import json
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rosepo_jax import files
+from rosepo_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """E prompts. Responses r = 0 is the chosen one; -1 and nan stand for what imported rows do not have."""
+
+    prompt: list[str]
+    chosen: list[str]
+    rejected: list[list[str]]  # [E][K]
+    user_E: np.ndarray
+    position_E: np.ndarray
+    history_ExN: np.ndarray  # catalogue items, -1 padded
+    item_ExR: np.ndarray  # catalogue items of chosen and rejected
+    oracle_score_ExR: np.ndarray  # float32
+    epsilon_ExK: np.ndarray  # float32: min(sigma(-(s_w - s_l) / tau), cap)
+    strategy: list[list[str]]  # [E][K]
+    flipped_E: np.ndarray  # chosen and first rejected were exchanged on purpose
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def has_items(self) -> bool:
+        return bool(len(self)) and bool((self.item_ExR >= 0).all())
+
+    @property
+    def has_epsilon(self) -> bool:
+        return bool(np.isfinite(self.epsilon_ExK).all())
+
+
+COLUMNS = {
+    "prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "user": "user_E", "position": "position_E",
+    "history": "history_ExN", "response_item": "item_ExR", "oracle_scores": "oracle_score_ExR",
+    "epsilon": "epsilon_ExK", "strategy": "strategy", "flipped": "flipped_E",
+}  # fmt: skip
+_TYPES = {"history": np.int32, "response_item": np.int32, "oracle_scores": np.float32, "epsilon": np.float32}
+
+
+def write(path: pathlib.Path, pairs: Pairs) -> None:
+    def column(value):
+        return value.tolist() if isinstance(value, np.ndarray) and value.ndim == 2 else value
+
+    table = pa.table({name: column(getattr(pairs, field)) for name, field in COLUMNS.items()})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    files.write_bytes(path, buffer.getvalue())
+
+
+def read(path: pathlib.Path) -> Pairs:
+    columns = pq.read_table(path).to_pydict()
+    for name, dtype in _TYPES.items():
+        columns[name] = np.array(columns[name], dtype)
+    for name in ("user", "position", "flipped"):
+        columns[name] = np.array(columns[name])
+    return Pairs(**{field: columns[name] for name, field in COLUMNS.items()})
+
+
+def write_trl(path: pathlib.Path, pairs: Pairs) -> None:
+    """JSON lines that TRL's DPOTrainer reads unchanged: one row per rejected response, the rest as extra columns."""
+
+    def rows() -> Iterator[dict]:
+        for e, prompt in enumerate(pairs.prompt):
+            for k, rejected in enumerate(pairs.rejected[e]):
+                yield {
+                    "prompt": prompt,
+                    "chosen": pairs.chosen[e],
+                    "rejected": rejected,
+                    "epsilon": float(pairs.epsilon_ExK[e, k]),
+                    "strategy": pairs.strategy[e][k],
+                    "user": int(pairs.user_E[e]),
+                    "position": int(pairs.position_E[e]),
+                    "chosen_item": int(pairs.item_ExR[e, 0]),
+                    "rejected_item": int(pairs.item_ExR[e, k + 1]),
+                }
+
+    files.write_jsonl(path, rows())
+
+
+def import_rows(path: pathlib.Path) -> Pairs:
+    """Ready-made rows, JSON lines or Parquet: prompt, chosen, rejected (text or list), optionally epsilon.
+
+    Conversational values (lists of {"role", "content"}) give their contents, joined by line ends.
+    """
+    if not path.is_file():
+        raise UserError(f"pairs.path={path}: no such file")
+    rows = pq.read_table(path).to_pylist() if path.suffix == ".parquet" else files.read_jsonl(path)
+    if not rows:
+        raise UserError(f"{path}: no rows")
+    prompt, chosen, rejected, epsilon = [], [], [], []
+    for number, row in enumerate(rows, 1):
+        missing = [name for name in ("prompt", "chosen", "rejected") if not row.get(name)]
+        if missing:
+            raise UserError(f"{path}: row {number} lacks {', '.join(missing)} (needs prompt, chosen, rejected)")
+        negatives = row["rejected"]
+        if isinstance(negatives, str) or (negatives and isinstance(negatives[0], dict)):
+            negatives = [negatives]
+        prompt.append(_text(row["prompt"]))
+        chosen.append(_text(row["chosen"]))
+        rejected.append([_text(value) for value in negatives])
+        given = row.get("epsilon", np.nan)
+        epsilon.append(given if isinstance(given, list) else [given] * len(negatives))
+        if len(rejected[-1]) != len(rejected[0]) or len(epsilon[-1]) != len(rejected[0]):
+            raise UserError(f"{path}: row {number} has {len(rejected[-1])} rejected, row 1 has {len(rejected[0])}")
+    E, K = len(rows), len(rejected[0])
+    return Pairs(
+        prompt, chosen, rejected, np.full(E, -1), np.full(E, -1), np.full((E, 1), -1, np.int32),
+        np.full((E, K + 1), -1, np.int32), np.full((E, K + 1), np.nan, np.float32),
+        np.array(epsilon, np.float32), [["imported"] * K for _ in range(E)], np.zeros(E, bool),
+    )  # fmt: skip
+
+
+def _text(value) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(turn, dict) and "content" in turn for turn in value):
+        return "\n".join(turn["content"] for turn in value)
+    raise UserError(f"expected text or a list of turns, found {json.dumps(value)[:80]}")

@@ -1,0 +1,183 @@
+"""`align`: preference optimisation. Policy, frozen reference and oracle run in one jitted step."""
+
+import functools
+import math
+import pathlib
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from rosepo_jax import files, seeds
+from rosepo_jax.data import batches, examples, pairs, store
+from rosepo_jax.data.catalogue import Catalogue
+from rosepo_jax.data.examples import TitleTable
+from rosepo_jax.data.pairs import Pairs
+from rosepo_jax.decoding import rank
+from rosepo_jax.errors import UserError
+from rosepo_jax.models import sasrec
+from rosepo_jax.preference import objectives, smoothing
+from rosepo_jax.preference.logprobs import response_logps
+from rosepo_jax.preference.objectives import Objective
+from rosepo_jax.preference.smoothing import Smoothing
+from rosepo_jax.stages import sft
+from rosepo_jax.training import loop, policy, sharding
+from rosepo_jax.training.step import Task
+
+NAME, INPUTS, RESUMABLE = "align", ("prepare", "oracle", "sft", "pairs"), True
+KEYS = ("seed", "data", "model", "align", "checkpoint.every")
+
+
+def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) -> dict:
+    a = config.align
+    catalogue = Catalogue.load(inputs["prepare"] / "catalogue.jsonl")
+    validation = store.read(inputs["prepare"] / "dataset", "validation")
+    rows = pairs.read(inputs["pairs"] / "pairs.parquet")
+    objective = objectives.objective(a)
+    oracle_config, oracle_params, tau = sasrec.load(inputs["oracle"])
+    factor = Smoothing(objectives.smoothing_mode(a), a.smoothing.temperature or tau, a.smoothing.cap, a.smoothing.value)
+    check_sources(a, factor, rows)
+
+    mesh = sharding.make_mesh(config.mesh)
+    policy.hand_on(inputs["sft"], out)
+    model = policy.load(config, inputs["sft"], mesh)
+    titles = TitleTable(model.encoder, catalogue.titles)
+    cached = None
+    if a.reference == "cached":
+        cached = cached_reference(config, model, rows, inputs, out)
+    frozen = {
+        "base": model.base,
+        # A real copy: the policy's buffers are donated every step, the reference's never.
+        "reference": {} if cached is not None else sharding.place(mesh, model.trainable),
+        "oracle": jax.device_put(oracle_params, sharding.replicated(mesh)),
+    }
+    return loop.train(
+        name=NAME,
+        config=config,
+        settings=a,
+        out=out,
+        mesh=mesh,
+        task=task(model.lm, objective, factor, oracle_config, a.smoothing.source, seeds.key(config.seed, NAME)),
+        trainable=model.trainable,
+        frozen=frozen,
+        rows=len(rows),
+        stream=functools.partial(
+            batches.stream,
+            functools.partial(encode, model, rows, cached),
+            len(rows),
+            seed=seeds.key(config.seed, NAME),
+            batch_size=a.batch_size,
+        ),
+        validate=sft.validation_figures(config, catalogue, titles, validation, model),
+        first=functools.partial(check_start, objective, factor.mode == "none"),
+    )
+
+
+def check_sources(a: ConfigDict, factor: Smoothing, rows: Pairs) -> None:
+    """Refuses smoothing that the pairs cannot feed."""
+    if a.smoothing.source not in ("in_step", "stored"):
+        raise UserError(f"align.smoothing.source={a.smoothing.source!r}: choose in_step or stored")
+    if a.reference not in ("in_step", "cached"):
+        raise UserError(f"align.reference={a.reference!r}: choose in_step or cached")
+    if factor.needs_oracle and a.smoothing.source == "in_step" and not rows.has_items:
+        raise UserError(
+            "align.smoothing.source=in_step: the pairs name no catalogue items for the oracle to score; "
+            "use align.smoothing.source=stored with an epsilon column, or align.smoothing.mode=fixed or none"
+        )
+    if factor.needs_oracle and a.smoothing.source == "stored" and not rows.has_epsilon:
+        raise UserError("align.smoothing.source=stored: the pairs have no epsilon column; use mode fixed or none")
+
+
+def encode(model: policy.Policy, rows: Pairs, cached_ExR: np.ndarray | None, index_B: np.ndarray) -> dict:
+    """One batch: prompts with R = 1 + K responses, and what the oracle needs to know of them."""
+    batch = examples.prompts(model.encoder, [rows.prompt[e] for e in index_B])
+    batch |= examples.responses(model.encoder, [[rows.chosen[e], *rows.rejected[e]] for e in index_B])
+    batch |= {
+        "row_B": index_B.astype(np.int32),
+        "history_BxN": rows.history_ExN[index_B],
+        "item_BxR": rows.item_ExR[index_B],
+        "epsilon_BxK": np.nan_to_num(rows.epsilon_ExK[index_B]),
+    }
+    if cached_ExR is not None:
+        batch["reference_BxR"] = cached_ExR[index_B]
+    return batch
+
+
+def task(lm, objective: Objective, factor: Smoothing, oracle_config, source: str, seed: int) -> Task:
+    """The preference loss as the training step sees it."""
+
+    def logps(params, batch):
+        return response_logps(
+            lm, params, batch["prompt_BxP"], batch["prompt_mask_BxP"], batch["response_BxRxT"], batch["response_mask_BxRxT"]
+        )
+
+    def forward(trainable, frozen, batch):
+        return logps({**frozen["base"], **trainable}, batch)
+
+    def constants(frozen, batch):
+        if "reference_BxR" in batch:
+            reference_BxR = batch["reference_BxR"]
+        else:
+            reference_BxR = logps({**frozen["base"], **frozen["reference"]}, batch)
+        epsilon_BxK = batch["epsilon_BxK"]
+        if factor.needs_oracle and source == "in_step":
+            score_BxI = sasrec.scores(oracle_config, frozen["oracle"], batch["history_BxN"])
+            score_BxR = jax.numpy.take_along_axis(score_BxI, batch["item_BxR"], axis=1)
+            epsilon_BxK = smoothing.pair_epsilon(factor, score_BxR)
+        return reference_BxR, epsilon_BxK
+
+    def loss(logps_BxR, constants, batch):
+        reference_BxR, epsilon_BxK = constants
+        real_B = jax.numpy.ones(logps_BxR.shape[0], bool)
+        # The first row's number names the batch: a different permutation every step, the same after a restart.
+        epsilon = smoothing.epsilon(factor, objective.aggregator, epsilon_BxK, real_B, seed, batch["row_B"][0])
+        counts_BxR = batch["response_mask_BxRxT"].sum(axis=-1)
+        return objectives.preference_loss(objective, logps_BxR, reference_BxR, counts_BxR, epsilon, real_B)
+
+    return Task(forward, constants, loss, coupled=objective.reducer != "mean")
+
+
+def check_start(objective: Objective, unsmoothed: bool, metrics: dict[str, float]) -> None:
+    """At the first update policy and reference are the same: margins are 0 and the loss has a closed form."""
+    if not objective.needs_reference:
+        return
+    if metrics["rewards/margins"] != 0.0:
+        raise UserError(
+            f"align: at the first update policy and reference differ (reward margin {metrics['rewards/margins']:.3g}, "
+            "expected 0): the reference is not the model that alignment starts from"
+        )
+    expected = math.log(2) if objective.link in ("logistic", "robust") and objective.aggregator != "lse" else None
+    if expected is not None and abs(metrics["loss"] - expected) > 1e-6:
+        raise UserError(f"align: the first loss is {metrics['loss']:.7f}, expected ln 2: the objective is not at its start")
+
+
+def cached_reference(config, model: policy.Policy, rows: Pairs, inputs, out: pathlib.Path) -> np.ndarray:
+    """Reference log-probs [E, R] of all pairs, kept on disk under a key of everything they depend on.
+
+    A sample is recomputed whenever they are read, so that a stale cache is refused.
+    """
+    key = files.hash_json(
+        [files.hash_tree(inputs["sft"] / "model"), files.hash_tree(inputs["pairs"] / "pairs.parquet"),
+         model.encoder.identity, config.model.dtype]
+    )  # fmt: skip
+    path = out / f"reference-{key}.npy"
+    size = config.align.batch_size
+
+    def compute(index: np.ndarray) -> np.ndarray:
+        batch = encode(model, rows, None, index)
+        names = ("prompt_BxP", "prompt_mask_BxP", "response_BxRxT", "response_mask_BxRxT")
+        return rank.logps(model, model.params, {name: batch[name] for name in names})
+
+    if not path.exists():
+        values = np.zeros(rows.item_ExR.shape, np.float32)
+        for block, real in batches.blocks(len(rows), size):
+            values[block[real]] = compute(block)[real]
+        with open(path.with_suffix(".part"), "wb") as file:
+            np.save(file, values, allow_pickle=False)
+        path.with_suffix(".part").replace(path)
+    values = np.load(path, allow_pickle=False)
+    sample = next(iter(batches.blocks(len(rows), size)))[0]
+    worst = float(np.abs(values[sample] - compute(sample)).max())
+    if not worst < (1e-4 if config.model.dtype == "float32" else 0.5):
+        raise UserError(f"{path}: cached reference log-probs are off by {worst:.3g}; remove the file")
+    return values

@@ -1,0 +1,42 @@
+"""`score`: summed log-probability and token count of each response after its prompt, for JSON lines of both."""
+
+import argparse
+import pathlib
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from rosepo_jax import files
+from rosepo_jax.data import batches, examples
+from rosepo_jax.decoding import rank
+from rosepo_jax.errors import UserError
+from rosepo_jax.stages import runtime
+from rosepo_jax.training import policy, sharding
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Log-probability of given responses: JSON lines of `prompt` and `response` in, scores out."
+    parser.add_argument("--model", required=True, type=pathlib.Path, help="<workdir>/sft, <workdir>/align or a Hugging Face directory")
+    parser.add_argument("--input", required=True, type=pathlib.Path, help="JSON lines with prompt and response")
+    parser.add_argument("--output", required=True, type=pathlib.Path, help="JSON lines: the input with logp and tokens")
+
+
+def main(config: ConfigDict, args: argparse.Namespace) -> int:
+    rows = files.read_jsonl(args.input)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("prompt"), str) or not isinstance(row.get("response"), str):
+            raise UserError(f"{args.input}: row {number} needs the texts `prompt` and `response`")
+    model = policy.open_model(config, args.model, sharding.make_mesh(config.mesh))
+    size = config.evaluate.batch_size
+    out: list[dict] = []
+    for block, real in batches.blocks(len(rows), size):
+        chunk = [rows[i] for i in block]
+        batch = examples.prompts(model.encoder, [row["prompt"] for row in chunk])
+        batch |= examples.responses(model.encoder, [[row["response"]] for row in chunk])
+        logp_B = rank.logps(model, model.params, batch)[:, 0]
+        tokens_B = batch["response_mask_BxRxT"][:, 0].sum(axis=-1)
+        for i in np.flatnonzero(real):
+            out.append({**chunk[i], "logp": float(logp_B[i]), "tokens": int(tokens_B[i])})
+    files.write_jsonl(args.output, out)
+    runtime.say(f"score: {len(out)} rows written to {args.output}")
+    return 0

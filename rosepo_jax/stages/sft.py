@@ -1,0 +1,107 @@
+"""`sft`: supervised fine-tuning on interaction histories; its result is the reference model of all that follows."""
+
+import functools
+import pathlib
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from rosepo_jax import seeds
+from rosepo_jax.data import batches, examples, store
+from rosepo_jax.data.catalogue import Catalogue
+from rosepo_jax.data.examples import TitleTable
+from rosepo_jax.data.sequences import Rows
+from rosepo_jax.decoding import rank
+from rosepo_jax.errors import UserError
+from rosepo_jax.evaluation import metrics
+from rosepo_jax.preference.logprobs import response_logps
+from rosepo_jax.training import loop, policy, sharding
+from rosepo_jax.training.step import Task
+
+NAME, INPUTS, RESUMABLE = "sft", ("prepare",), True
+KEYS = ("seed", "data", "model", "sft", "checkpoint.every")
+
+
+def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) -> dict:
+    catalogue = Catalogue.load(inputs["prepare"] / "catalogue.jsonl")
+    rows = store.read(inputs["prepare"] / "dataset", "train")
+    validation = store.read(inputs["prepare"] / "dataset", "validation")
+    if not len(rows):
+        raise UserError("sft: the train split has no rows; lower data.min_history or data.core_user, data.core_item")
+    mesh = sharding.make_mesh(config.mesh)
+    model = policy.create(config, out, mesh, tokenizer_texts(catalogue))
+    return train(config, config.sft, NAME, catalogue, rows, validation, model, out)
+
+
+def tokenizer_texts(catalogue: Catalogue) -> Iterator[str]:
+    """Titles as often as they occur in the training histories, and at least once."""
+    for title, count in zip(catalogue.titles, catalogue.count_I):
+        yield from [title] * max(int(count), 1)
+
+
+def nll(logps_BxR, constants, batch):
+    """Mean negative log-likelihood of a completion token, over the whole batch."""
+    loss = -logps_BxR.sum() / batch["response_mask_BxRxT"].sum()
+    return loss, {"loss": loss}
+
+
+def task(lm) -> Task:
+    def forward(trainable, frozen, batch):
+        return response_logps(
+            lm, {**frozen, **trainable}, batch["prompt_BxP"], batch["prompt_mask_BxP"],
+            batch["response_BxRxT"], batch["response_mask_BxRxT"],
+        )  # fmt: skip
+
+    return Task(forward, lambda frozen, batch: jnp.zeros((batch["row_B"].shape[0],)), nll)
+
+
+def encode_rows(model: policy.Policy, catalogue: Catalogue, titles: TitleTable, rows: Rows, index_B: np.ndarray) -> dict:
+    """Prompt and true title of some rows, as a batch with R = 1."""
+    texts = examples.prompt_texts(model.encoder, catalogue, rows.history_ExN[index_B], rows.candidates_ExC[index_B])
+    batch = examples.prompts(model.encoder, texts) | titles.take(rows.target_E[index_B][:, None])
+    return batch | {"row_B": index_B.astype(np.int32)}
+
+
+def train(
+    config, settings, name: str, catalogue: Catalogue, rows: Rows, validation: Rows, model: policy.Policy,
+    out: pathlib.Path, length: int | None = None,
+) -> dict:  # fmt: skip
+    """Fine-tunes `model` on the true titles of `rows`; also the control that spends alignment's steps on SFT."""
+    titles = TitleTable(model.encoder, catalogue.titles)
+    return loop.train(
+        name=name,
+        config=config,
+        settings=settings,
+        out=out,
+        mesh=model.mesh,
+        task=task(model.lm),
+        trainable=model.trainable,
+        frozen=model.base,
+        rows=len(rows),
+        stream=functools.partial(
+            batches.stream,
+            functools.partial(encode_rows, model, catalogue, titles, rows),
+            len(rows),
+            seed=seeds.key(config.seed, name),
+            batch_size=settings.batch_size,
+        ),
+        validate=validation_figures(config, catalogue, titles, validation, model),
+        length=length,
+    )
+
+
+def validation_figures(config, catalogue, titles, validation: Rows, model: policy.Policy):
+    """HR@1 and NDCG@5 on the frozen candidate lists of the validation rows."""
+
+    def validate(trainable) -> dict[str, float]:
+        scores_ExC = rank.item_scores(
+            model, {**model.base, **trainable}, catalogue, titles, validation, validation.candidates_ExC,
+            config.evaluate.batch_size,
+        )  # fmt: skip
+        ranked_ExC = metrics.ranking(scores_ExC, validation.candidates_ExC)
+        rank_E = metrics.target_rank(ranked_ExC, validation.target_E, catalogue.title_group_I)
+        return {"HR@1": float(metrics.hit_ratio(rank_E, 1).mean()), "NDCG@5": float(metrics.ndcg(rank_E, 5).mean())}
+
+    return validate

@@ -1,0 +1,153 @@
+"""The training loop of SFT and alignment."""
+
+import contextlib
+import functools
+import math
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from rosepo_jax.errors import UserError
+from rosepo_jax.training import checkpoint, optimizer, sharding
+from rosepo_jax.training.metrics import MetricWriter, progress
+from rosepo_jax.training.step import Task, TrainState, init_state, train_step
+
+
+def train(
+    *,
+    name: str,
+    config: ConfigDict,
+    settings: ConfigDict,
+    out: pathlib.Path,
+    mesh: Mesh,
+    task: Task,
+    trainable: Mapping[str, jax.Array],
+    frozen: Any,
+    rows: int,
+    stream: Callable[..., Iterator[dict[str, np.ndarray]]],
+    validate: Callable[[Mapping[str, jax.Array]], dict[str, float]],
+    first: Callable[[dict[str, float]], None] = lambda metrics: None,
+    length: int | None = None,
+) -> dict[str, float]:
+    """Trains `trainable` for `settings.length` updates and leaves the parameters of the best validation in `out`/model.
+
+    `stream(start=, stop=)` yields this host's batches; `validate` gives metrics with "HR@1", the figure that chooses;
+    `first` sees the metrics of the very first update. Resumes from `out`/checkpoints. Returns the best validation.
+    """
+    # ---- Set-up: length, optimiser, state -------------------------------------------------------------------------
+    sharding.check_batch(mesh, f"{name}.batch_size", settings.batch_size, settings.accumulate)
+    units = functools.partial(optimizer.steps, batch_size=settings.batch_size, rows=rows)
+    total = length if length is not None else units(settings.length, f"{name}.length")
+    every = {
+        key: max(1, units(value, key, total=total))
+        for key, value in (("checkpoint.every", config.checkpoint.every), (f"{name}.validate", settings.validate))
+    }
+    transformation, schedule = optimizer.make(settings, name, total, rows)
+    initialise = functools.partial(init_state, transformation=transformation)
+    layout = state_sharding(mesh, jax.eval_shape(initialise, trainable))
+    state = jax.jit(initialise, out_shardings=layout)(trainable)
+
+    # ---- Restore ---------------------------------------------------------------------------------------------------
+    checkpoints = checkpoint.Checkpoints(out / "checkpoints", config.checkpoint.keep)
+    meta: dict[str, Any] = {"step": 0, "best": None, "stale": 0}
+    if (found := checkpoints.restore(state)) is not None:
+        state, meta = found
+    writer = MetricWriter(out, tensorboard=config.log.tensorboard, resume_step=meta["step"])
+
+    # ---- Step: the state is donated, the frozen parameters never ---------------------------------------------------
+    step = jax.jit(
+        functools.partial(train_step, task, transformation, schedule, settings.accumulate),
+        donate_argnums=0,
+        out_shardings=(layout, None),
+    )
+
+    def check(number: int, trainable: Mapping[str, jax.Array]) -> None:
+        """Validates; the best parameters so far are what the stage hands on."""
+        figures = validate(trainable)
+        writer.scalars(number, {f"validation/{key}": value for key, value in figures.items()})
+        if meta["best"] is None or figures["HR@1"] > meta["best"]["HR@1"]:
+            checkpoint.save_params(out / "model", trainable)
+            meta.update(best=figures | {"step": number}, stale=0)
+        else:
+            meta["stale"] += 1
+
+    # ---- Loop: metrics are read one update late, so that the device never waits for the host -----------------------
+    if meta["step"] == 0 and meta["best"] is None:
+        check(0, state.trainable)
+    late: tuple[int, dict[str, jax.Array], np.ndarray | None] | None = None
+    clock, clock_step, busy = time.perf_counter(), meta["step"], 0.0
+    patience = settings.get("patience", 0)
+
+    def report(item) -> None:
+        """Writes the metrics of an update that has ended; counts and names what was skipped."""
+        nonlocal clock, clock_step
+        number, device_metrics, ids = item
+        metrics = {key: float(value) for key, value in jax.device_get(device_metrics).items()}
+        if not metrics.pop("finite"):
+            meta.setdefault("bad", []).append([number, *map(int, ids[:8])])
+            if len(meta["bad"]) > settings.max_bad_steps:
+                raise UserError(
+                    f"{name}: {len(meta['bad'])} updates had a non-finite loss or gradient and were skipped, "
+                    f"more than {name}.max_bad_steps={settings.max_bad_steps}; last at update {number}, rows {ids[:8]}"
+                )
+            metrics = {key: value for key, value in metrics.items() if math.isfinite(value)} | {"skipped": 1.0}
+            writer.scalars(number, metrics)
+        elif number == 1:
+            first(metrics)
+        if number == 1 or number % config.log.every == 0 or number == total:
+            now = time.perf_counter()
+            seconds = now - clock - busy
+            if number > clock_step and number != 1:
+                metrics["prompts_per_second"] = (number - clock_step) * settings.batch_size / max(seconds, 1e-9)
+            reset(number, now)
+            writer.scalars(number, metrics)
+
+    def reset(number: int, now: float) -> None:
+        nonlocal clock, clock_step, busy
+        clock, clock_step, busy = now, number, 0.0
+
+    start = meta["step"]
+    with contextlib.closing(writer):
+        for number, batch in zip(progress(range(start + 1, total + 1), name), stream(start=start, stop=total)):
+            ids = batch.get("row_B")
+            state, metrics = step(state, frozen, sharding.to_device(mesh, batch))
+            if late is not None:
+                report(late)
+            late = (number, metrics, ids)
+            meta["step"] = number
+            ended = number == total
+            if number % every[f"{name}.validate"] == 0 or ended:
+                report(late)
+                late = None
+                started = time.perf_counter()
+                check(number, state.trainable)
+                busy += time.perf_counter() - started
+                ended |= 0 < patience <= meta["stale"]
+            if number % every["checkpoint.every"] == 0 or ended:
+                if late is not None:
+                    report(late)
+                    late = None
+                checkpoints.save(number, state, meta)
+            if ended:
+                break
+    checkpoints.close()
+    return meta["best"]
+
+
+def state_sharding(mesh: Mesh, state: TrainState) -> TrainState:
+    """Optimiser moments lie like the parameters they belong to; everything else is replicated."""
+    paths = set(state.trainable)
+
+    def place(keys, leaf):
+        path = next((str(key.key) for key in reversed(keys) if isinstance(key, jax.tree_util.DictKey)), None)
+        if path in paths:
+            return sharding.parameter_sharding(mesh, path, leaf.shape)
+        return sharding.replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, state)
