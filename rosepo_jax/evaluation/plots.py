@@ -49,6 +49,11 @@ UNITS = {
 }
 
 
+def finite(value: Any) -> bool:
+    """Whether there is a number to draw."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def curves(rows: Sequence[Mapping[str, Any]], names: Sequence[str], description: str) -> str:
     """Learning curves, one panel per name (or per pair of names that belong together), over update steps."""
     groups = [tuple(name for name in panel if name in names) for panel in PANELS]
@@ -59,7 +64,7 @@ def curves(rows: Sequence[Mapping[str, Any]], names: Sequence[str], description:
     def paint(axes):
         for axis, group in zip(axes, groups, strict=False):
             for name in group:
-                points = [(row["step"], row[name]) for row in rows if _finite(row.get(name))]
+                points = [(row["step"], row[name]) for row in rows if finite(row.get(name))]
                 marker = "o" if len(points) <= 30 else None
                 axis.plot(*zip(*points, strict=True), marker=marker, markersize=2.5, linewidth=1.1, label=name)
             axis.set(title=", ".join(group), xlabel="update step", ylabel=UNITS.get(group[0], group[0].split("/")[-1]))
@@ -102,14 +107,12 @@ def deciles(series: Mapping[str, Sequence[Mapping[str, Any]]], labels: Mapping[s
 
     def paint(axes):
         for model, row in series.items():
-            points = [(place, cell["value"]) for place, cell in enumerate(row, 1) if _finite(cell.get("value"))]
+            points = [(place, cell["value"]) for place, cell in enumerate(row, 1) if finite(cell.get("value"))]
             style = "-" if model in COLOURS else (":" if model == "popularity" else "--")
-            axes[0].plot(
-                *zip(*points, strict=True), style, marker="o", color=_colour(model), label=labels.get(model, model)
-            )
-        axes[0].set(
-            title="HR@1 by popularity of the true item", xlabel="popularity decile, train counts", ylabel="HR@1"
-        )
+            label = labels.get(model, model)
+            axes[0].plot(*zip(*points, strict=True), ls=style, marker="o", color=_colour(model), label=label)
+        axes[0].set(title="HR@1 by popularity of the true item", ylabel="HR@1")
+        axes[0].set_xlabel("decile of its train count, 1 = least popular")
         axes[0].set_xticks(range(1, 1 + max(len(row) for row in series.values())))
         axes[0].set_ylim(bottom=0)
         axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -117,25 +120,19 @@ def deciles(series: Mapping[str, Sequence[Mapping[str, Any]]], labels: Mapping[s
     return _draw(description, paint, columns=1, height=3.2)
 
 
-def histogram(samples: Mapping[str, np.ndarray], xlabel: str, title: str, description: str) -> str:
-    """Histograms of `samples[label]` over common bins, each as shares of its own sample."""
-    everything = np.concatenate(list(samples.values()))
-    edges = np.linspace(everything.min(), max(everything.max(), everything.min() + 1e-6), 31)
+def epsilons(samples: Mapping[str, np.ndarray], description: str) -> str:
+    """Histograms of the smoothing factors `samples[label]`, each as shares of its own sample."""
+    edges = np.linspace(0.0, max(0.5, *(values.max() for values in samples.values())), 31)
 
     def paint(axes):
         for (label, values), colour in zip(samples.items(), (COLOURS["sft"], COLOURS["aligned"]), strict=False):
             weights = np.full(len(values), 1 / len(values))
-            axes[0].hist(
-                values, edges, weights=weights, color=colour, alpha=0.6, label=f"{label} (n = {len(values):,})"
-            )
-        axes[0].set(title=title, xlabel=xlabel, ylabel="share")
+            label = f"{label} (n = {len(values):,})"
+            axes[0].hist(values, edges, weights=weights, color=colour, alpha=0.6, label=label)
+        axes[0].set(title="Smoothing factor of the stored pairs", xlabel="ε", ylabel="share of pairs")
         axes[0].legend()
 
     return _draw(description, paint, columns=1, height=2.8)
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _colour(model: str) -> str:

@@ -61,6 +61,7 @@ class Material:
     results: dict  # evaluate/results.json
     predictions: Mapping[str, Mapping[str, list[dict]]] = dataclasses.field(default_factory=dict)  # [protocol][model]
     titles: Sequence[str] = ()  # by item index
+    title_group_I: Sequence[int] | np.ndarray = ()  # items of one group have equal titles: each is a hit for the other
     users: Sequence[str] = ()  # raw ids by user index
     histories: Mapping[tuple[int, int], Sequence[int]] = dataclasses.field(default_factory=dict)  # (user, position)
     statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -185,13 +186,15 @@ def _standing(results: Mapping[str, Any], protocol: str) -> list[str]:
             if ours and theirs:
                 comparison = _comparison(results, protocol, "HR@1", model, rival)
                 difference = ours["value"] - theirs["value"]
-                side = "above" if difference > 0 else "below"
+                side = (
+                    f"{number(abs(difference))} {'above' if difference > 0 else 'below'}"
+                    if difference
+                    else "level with"
+                )
                 verdict = "not tested"
                 if _p(comparison) is not None:
                     verdict = _probabilities(comparison) + ("" if _significant(comparison) else ", not significant")
-                clauses.append(
-                    f"{_name(model)} is {number(abs(difference))} {side} it at {number(ours['value'])} ({verdict})"
-                )
+                clauses.append(f"{_name(model)} is {side} it at {number(ours['value'])} ({verdict})")
         if clauses:
             name = _name(rival)
             sentences.append(f"{name[0].upper()}{name[1:]} has HR@1 {number(theirs['value'])}: {'; '.join(clauses)}.")
@@ -237,7 +240,10 @@ def summary(material: Material) -> dict:
 
 
 def examples(
-    sft: Iterable[Mapping[str, Any]], aligned: Iterable[Mapping[str, Any]], each: int = 2
+    sft: Iterable[Mapping[str, Any]],
+    aligned: Iterable[Mapping[str, Any]],
+    title_group_I: Sequence[int] | np.ndarray = (),
+    each: int = 2,
 ) -> tuple[list[dict], dict[str, int]]:
     """Rows of both models side by side, `each` of every kind of `KINDS` chosen by hash, and the size of every kind."""
     others = {(row["user"], row["position"]): row for row in aligned}
@@ -246,7 +252,10 @@ def examples(
         other = others.get((row["user"], row["position"]))
         if other is None:
             continue
-        before, after = (ranked[:1] == [row["target"]] for ranked in (row["ranked"], other["ranked"]))
+        before, after = (
+            bool(ranked) and _same(title_group_I, ranked[0], row["target"])
+            for ranked in (row["ranked"], other["ranked"])
+        )
         kind = ("both" if after else "loss") if before else ("gain" if after else "neither")
         found[kind].append({**row, "kind": kind, "sft": row["ranked"][:5], "aligned": other["ranked"][:5]})
     key = seeds.key("report", "examples")
@@ -367,7 +376,10 @@ def html(material: Material) -> str:
     """The whole report as one page: no scripts, no external resources, the same bytes for the same material."""
     check(material.results)
     data, manifest = material.config.get("data", {}), material.manifests.get("evaluate", {})
-    facts = {"data": f"{data.get('source', '')} {data.get('path', '')}".strip(), "config": manifest.get("config_hash")}
+    facts = {
+        "data": f"{data.get('source', '')} {data.get('path', '')}".strip(),
+        "config": manifest.get("resolved_config_hash"),
+    }
     facts["code"] = manifest.get("code")
     subtitle = " · ".join(f"{name}: {value}" for name, value in facts.items() if value)
     sections = [
@@ -463,8 +475,13 @@ def _decile_section(material: Material) -> str:
                 if model in series
             ]
             rows.append(["n", *(number(cell.get("n")) for cell in first)])
+            if any(cell.get("counts") for cell in first):
+                counts = ("-".join(map(number, sorted(set(cell.get("counts") or ())))) for cell in first)
+                rows.append(["train counts", *counts])
             return _figure(plots.deciles(series, MODELS, "HR@1 by popularity decile of the true item")) + _table(
-                ["decile", *range(1, len(first) + 1)], rows, f"HR@1 ({name}); popularity is counted on the train split"
+                ["decile", *range(1, len(first) + 1)],
+                rows,
+                f"HR@1 ({name}) by train count of the true item, 1 = least popular",
             )
     return ""
 
@@ -490,7 +507,7 @@ def _example_section(material: Material) -> str:
     for protocol, models in material.predictions.items():
         if "sft" not in models or "aligned" not in models:
             continue
-        rows, sizes = examples(models["sft"], models["aligned"])
+        rows, sizes = examples(models["sft"], models["aligned"], material.title_group_I)
         counts = "; ".join(f"{KINDS[kind]}: {number(size)}" for kind, size in sizes.items())
         body = [
             [
@@ -523,24 +540,24 @@ def _curve_section(material: Material) -> str:
 
 
 def _pair_section(material: Material) -> str:
-    columns = material.pairs
-    if not columns:
-        return ""
-    facts: dict[str, Any] = {"pairs of (prompt, rejected)": sum(map(len, columns.get("epsilon", ())))}
-    epsilon = np.array([value for row in columns.get("epsilon", ()) for value in row if value is not None], float)
-    flipped = np.array(columns.get("flipped") or [], bool)
-    strategies = [name for row in columns.get("strategy", ()) for name in row]
-    facts |= {f"share of {name}": strategies.count(name) / len(strategies) for name in sorted(set(strategies))}
+    """ε, strategies and flips of the stored pairs; the first rejected item is the one that a flip exchanges."""
+    epsilon_rows = [[value for value in row or () if plots.finite(value)] for row in material.pairs.get("epsilon", ())]
+    strategies = [name for row in material.pairs.get("strategy", ()) for name in row or ()]
+    flipped_B = np.array(material.pairs.get("flipped", ()), bool)
+    epsilons = np.array([value for row in epsilon_rows for value in row])
+    facts: dict[str, Any] = {
+        f"share of {name}": strategies.count(name) / len(strategies) for name in sorted(set(strategies))
+    }
     picture = ""
-    if len(epsilon):
-        facts |= {"mean ε": epsilon.mean().item(), "share of ε ≥ 0.5": (epsilon >= 0.5).mean().item()}
-        samples = {"all pairs": epsilon}
-        if flipped.any() and len(flipped) == len(columns["epsilon"]):
-            facts["share of flipped labels"] = flipped.mean().item()
-            first = np.array([row[0] for row in columns["epsilon"]], float)
-            samples = {"true label": first[~flipped], "flipped label": first[flipped]}
-            samples = {label: values for label, values in samples.items() if len(values)}
-        picture = _figure(plots.histogram(samples, "ε", "Smoothing factor ε of the stored pairs", "Histogram of ε"))
+    if flipped_B.any():
+        facts["share of flipped labels"] = flipped_B.mean().item()
+    if len(epsilons):
+        facts |= {"mean ε": epsilons.mean().item(), "share of ε ≥ 0.5": (epsilons >= 0.5).mean().item()}
+        samples = {"all pairs": epsilons}
+        if flipped_B.any() and not flipped_B.all():
+            first_B = np.array([row[0] for row in epsilon_rows])
+            samples = {"true label": first_B[~flipped_B], "flipped label": first_B[flipped_B]}
+        picture = _figure(plots.epsilons(samples, "Histogram of the smoothing factor"))
     return picture + _facts_table(facts)
 
 
@@ -588,6 +605,10 @@ def _signed_interval(comparison: Mapping[str, Any]) -> Html:
     return Html(f"{signed(comparison['difference'])}{bounds}")
 
 
+def _same(title_group_I: Sequence[int] | np.ndarray, a: int, b: int) -> bool:
+    return a == b or (min(a, b) >= 0 and max(a, b) < len(title_group_I) and title_group_I[a] == title_group_I[b])
+
+
 def _label(names: Sequence[str], index: int) -> str:
     return names[index] if 0 <= index < len(names) else f"#{index}"
 
@@ -596,7 +617,8 @@ def _list(material: Material, items: Iterable[int], target: int | None) -> Html:
     rows = []
     for item in items:
         text = escape(_label(material.titles, item))
-        rows.append(f"<li><mark>✓ {text}</mark></li>" if item == target else f"<li>{text}</li>")
+        hit = target is not None and _same(material.title_group_I, item, target)
+        rows.append(f"<li><mark>✓ {text}</mark></li>" if hit else f"<li>{text}</li>")
     return Html(f"<ol>{''.join(rows)}</ol>" if rows else "-")
 
 

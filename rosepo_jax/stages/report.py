@@ -40,10 +40,12 @@ def material(config: ConfigDict, workdir: pathlib.Path) -> report.Material:
         }
         for protocol in ("candidates", "catalogue")
     }
+    catalogue = Catalogue.load(prepared / "catalogue.jsonl") if prepared else None
     return report.Material(
         results=files.read_json(workdir / "evaluate" / "results.json"),
         predictions=predictions,
-        titles=Catalogue.load(prepared / "catalogue.jsonl").titles if prepared else (),
+        titles=catalogue.titles if catalogue else (),
+        title_group_I=catalogue.title_group_I if catalogue else (),
         users=files.read_json(prepared / "users.json") if prepared else (),
         histories=_histories(prepared / "dataset") if prepared else {},
         statistics=files.read_json(prepared / "statistics.json") if prepared else {},
