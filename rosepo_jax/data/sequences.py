@@ -1,0 +1,345 @@
+"""From a raw log to rows: k-core, order in time, split, windows of history, frozen candidate lists.
+
+Every choice is a pure function of (seed, split, user, position), so rows do not depend on workers, hosts or the order
+in which users stand in the source.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rosepo_jax import seeds
+from rosepo_jax.data import candidates, leak, statistics
+from rosepo_jax.data.catalogue import Catalogue
+from rosepo_jax.data.log import CONTEXT, TEST, TRAIN, VALIDATION, FrozenRow, Interactions, RawLog
+from rosepo_jax.errors import UserError
+
+SPLITS = ("train", "held_out", "validation", "test")
+ORDER_RULE = "by (timestamp, row of the source)"
+SPLIT_RULES = {
+    "leave_one_out": "the last item of each user is test, the second last validation, the rest train",
+    "global_time": "by time over all users; interactions of the second of a cut all go to the later split",
+    "user_ratio": "users by their first timestamp (ties: by id); of validation and test users the last item only",
+    "given": "as the source says",
+}
+BLOCK = 1 << 20  # rows made at a time, to bound memory
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of one split: what is predicted from what.
+
+    user_E, position_E: int32; the target is item number `position` (0-based) of the user's sequence.
+    history_ExN: int32, the last N items before it, oldest first, right-padded with -1.
+    target_E: int32. candidates_ExC: int32, the target and C-1 other items.
+    """
+
+    user_E: np.ndarray
+    position_E: np.ndarray
+    history_ExN: np.ndarray
+    target_E: np.ndarray
+    candidates_ExC: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.user_E)
+
+    def take(self, indices: Any) -> "Rows":
+        """The rows of `indices` (numbers or a mask), in that order."""
+        return Rows(*(getattr(self, field.name)[indices] for field in dataclasses.fields(self)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """What `prepare` stores. Users and items are numbered anew: those that remain, users by raw id, items as before."""
+
+    catalogue: Catalogue  # with train counts
+    users: tuple[str, ...]  # raw ids
+    rows: dict[str, Rows]  # by SPLITS
+    train_items: tuple[np.ndarray, np.ndarray]  # see `seen_train`
+    statistics: dict[str, Any]
+    raw_user_U: np.ndarray  # index in the source of each user and item
+    raw_item_I: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Events:
+    """Interactions sorted by user and, within a user, in time. position: 0-based place in the user's sequence."""
+
+    user_E: np.ndarray
+    item_E: np.ndarray
+    timestamp_E: np.ndarray
+    position_E: np.ndarray
+    length_E: np.ndarray  # of the user's sequence
+    role_E: np.ndarray
+
+
+def build(raw: RawLog, config: Any, seed: int) -> Prepared:
+    """Rows, catalogue, train items and statistics of a log; `config` is `config.data`.
+
+    Errors: UserError for settings out of range, splits without rows, and candidate lists that cannot be filled.
+    """
+    _check(config, raw)
+    frozen = dict(raw.frozen_rows or {}) if config.split == "given" else {}
+    log, dropped_interactions = _clean(raw.interactions, config.min_rating)
+    kept_E = k_core(log.user_E, log.item_E, config.core_user, config.core_item)
+
+    raw_user_U, user_map = _kept_users(raw, log.user_E[kept_E], frozen)
+    raw_item_I, item_map = _kept_items(raw, log.item_E[kept_E], frozen, config.core_item)
+    events = _events(log, kept_E, user_map, item_map, config)
+    users = tuple(raw.users[user] for user in raw_user_U)
+    train_E = _train_mask(events)
+    catalogue = Catalogue(
+        ids=tuple(raw.catalogue.ids[item] for item in raw_item_I),
+        titles=tuple(raw.catalogue.titles[item] for item in raw_item_I),
+        groups=tuple(raw.catalogue.groups[item] for item in raw_item_I),
+        count_I=np.bincount(events.item_E[train_E], minlength=len(raw_item_I)).astype(np.int64),
+    )
+
+    weight_I = np.ones(len(catalogue)) if config.candidate_sampling == "uniform" else catalogue.count_I
+    pool = candidates.pool(events.user_E, events.item_E, events.position_E, catalogue.title_group_I, weight_I)
+    dropped: dict[str, dict[str, int]] = {}
+    rows = {}
+    for name, role in (("train", TRAIN), ("validation", VALIDATION), ("test", TEST)):
+        found = (
+            _frozen_rows(name, frozen[name], events, user_map, item_map, config)
+            if name in frozen
+            else _windows(events, np.flatnonzero(events.role_E == role), config.history)
+        )
+        found, dropped[name] = _usable(found, name, config, seed)
+        if not len(found):
+            raise UserError(
+                f"split {name} has no rows ({config.split} of {len(events.user_E)} interactions of {len(users)} users, "
+                f"dropped: {dropped[name]}); lower data.min_history or data.core_user, or choose another data.split"
+            )
+        rows[name] = found
+    if config.held_out_share > 0:
+        train = rows["train"]
+        share_E = seeds.uniform(seeds.key(seed, "held_out"), train.user_E, train.position_E)
+        rows["held_out"] = train.take(share_E < config.held_out_share)
+        rows["train"] = train.take(share_E >= config.held_out_share)
+    else:
+        rows["held_out"] = rows["train"].take(slice(0))
+    rows = {name: _with_candidates(rows[name], pool, config.candidates, seed, name) for name in SPLITS}
+
+    summary = {
+        **statistics.describe(catalogue, len(users), events, rows),
+        "order": ORDER_RULE,
+        "split": {"name": config.split, "rule": SPLIT_RULES[config.split]},
+        "candidates": {"size": config.candidates, "sampling": config.candidate_sampling, "ready_made": sorted(frozen)},
+        "candidate_leak": leak.check(rows),
+        "repairs": dict(raw.repairs),
+        "dropped": {
+            **dropped_interactions,
+            "interactions_outside_core": int((~kept_E).sum()),
+            "users_outside_core": len(np.unique(log.user_E)) - len(np.unique(log.user_E[kept_E])),
+            "items_outside_core": len(raw.catalogue) - len(catalogue),
+            "rows": dropped,
+        },
+    }
+    return Prepared(catalogue, users, rows, seen_train(events, len(users)), summary, raw_user_U, raw_item_I)
+
+
+def k_core(user_E: np.ndarray, item_E: np.ndarray, core_user: int, core_item: int) -> np.ndarray:
+    """bool_E: the largest set of interactions in which every user has >= core_user and every item >= core_item."""
+    kept_E = np.ones(len(user_E), bool)
+    while True:
+        user_U = np.bincount(user_E[kept_E], minlength=user_E.max(initial=-1) + 1)
+        item_I = np.bincount(item_E[kept_E], minlength=item_E.max(initial=-1) + 1)
+        fit_E = kept_E & (user_U[user_E] >= core_user) & (item_I[item_E] >= core_item)
+        if (fit_E == kept_E).all():
+            return kept_E
+        kept_E = fit_E
+
+
+def roles(events: Events, given_E: np.ndarray | None, config: Any) -> np.ndarray:
+    """int8_E: the split of which each interaction is a target (SPLIT_RULES); CONTEXT = history only."""
+    back_E = events.length_E - 1 - events.position_E  # 0 = last of the user
+    if config.split == "leave_one_out":
+        return np.select([back_E == 0, back_E == 1], [TEST, VALIDATION], TRAIN).astype(np.int8)
+    if config.split == "global_time":
+        time_E = np.sort(events.timestamp_E)
+        role_E = np.full(len(time_E), TRAIN, np.int8)
+        for role, share in (
+            (VALIDATION, config.validation_share + config.test_share),
+            (TEST, config.test_share),
+        ):
+            cut = len(time_E) - round(share * len(time_E))
+            if cut < len(time_E):
+                role_E[events.timestamp_E >= time_E[cut]] = role
+        return role_E
+    if config.split == "user_ratio":
+        first_E = events.position_E == 0
+        user_U = events.user_E[first_E][np.argsort(events.timestamp_E[first_E], kind="stable")]
+        kind_U = np.zeros(user_U.max(initial=-1) + 1, np.int8)
+        kind_U[user_U] = TEST
+        kind_U[user_U[: int(len(user_U) * (1 - config.test_share) + 1e-9)]] = VALIDATION
+        kind_U[user_U[: int(len(user_U) * (1 - config.test_share - config.validation_share) + 1e-9)]] = TRAIN
+        kind_E = kind_U[events.user_E]
+        return np.where((kind_E == TRAIN) | (back_E == 0), kind_E, CONTEXT).astype(np.int8)
+    assert given_E is not None
+    return given_E.astype(np.int8)
+
+
+def seen_train(events: Events, n_users: int) -> tuple[np.ndarray, np.ndarray]:
+    """The sorted train items of every user u, items[indptr[u]:indptr[u+1]]: (indptr_U+1 int64, items int32)."""
+    train_E = _train_mask(events)
+    order = np.lexsort((events.item_E[train_E], events.user_E[train_E]))
+    count_U = np.bincount(events.user_E[train_E], minlength=n_users)
+    return np.concatenate([[0], np.cumsum(count_U)]), events.item_E[train_E][order].astype(np.int32)
+
+
+def _check(config: Any, raw: RawLog) -> None:
+    shares = config.validation_share > 0 and config.test_share > 0 and config.validation_share + config.test_share < 1
+    for name, good, hint in (
+        ("split", config.split in SPLIT_RULES, "one of " + ", ".join(SPLIT_RULES)),
+        ("candidate_sampling", config.candidate_sampling in ("uniform", "popularity"), "uniform or popularity"),
+        ("candidates", config.candidates >= 2, "at least 2"),
+        ("history", config.history >= 1, "at least 1"),
+        ("min_history", 0 <= config.min_history <= config.history, "between 0 and data.history"),
+        ("held_out_share", 0 <= config.held_out_share < 1, "in [0, 1)"),
+        ("max_validation", config.max_validation >= 0, "0 (all) or more"),
+        ("max_test", config.max_test >= 0, "0 (all) or more"),
+        (
+            "test_share",
+            shares or config.split not in ("global_time", "user_ratio"),
+            "above 0, and validation_share too, with a sum below 1",
+        ),
+    ):
+        if not good:
+            raise UserError(f"config.data.{name}: {config[name]!r} is not allowed; it must be {hint}")
+    if config.split == "given" and raw.interactions.split_E is None and not raw.frozen_rows:
+        raise UserError(f"config.data.split: source {config.source!r} has no split of its own; use leave_one_out")
+
+
+def _clean(log: Interactions, min_rating: float) -> tuple[Interactions, dict[str, int]]:
+    """The log without low ratings and without a user's later interactions with the same item, which are counted."""
+    if min_rating > 0 and log.rating_E is None:
+        raise UserError("config.data.min_rating: the log has no ratings; set it to 0 or name data.columns.rating")
+    good_E = np.ones(len(log.user_E), bool) if log.rating_E is None else ~(log.rating_E < min_rating)
+    order = np.flatnonzero(good_E)
+    order = order[np.lexsort((log.row_E[order], log.timestamp_E[order], log.item_E[order], log.user_E[order]))]
+    again = (np.diff(log.user_E[order]) == 0) & (np.diff(log.item_E[order]) == 0)
+    first = np.sort(np.delete(order, np.flatnonzero(again) + 1))
+    columns = {field.name: getattr(log, field.name) for field in dataclasses.fields(log)}
+    kept = {name: column[first] for name, column in columns.items() if column is not None}
+    counts = {"interactions_rated_lower": int((~good_E).sum()), "repeated_interactions": int(again.sum())}
+    return Interactions(**kept), counts
+
+
+def _renumber(kept: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(raw index of each kept one, new index of each raw one or -1)."""
+    new = np.full(size, -1, np.int64)
+    new[kept] = np.arange(len(kept))
+    return kept, new
+
+
+def _kept_users(raw: RawLog, user_E: np.ndarray, frozen: dict[str, list[FrozenRow]]) -> tuple[np.ndarray, np.ndarray]:
+    kept = {int(user) for user in np.unique(user_E)} | {int(row.user) for rows in frozen.values() for row in rows}
+    order = sorted(kept, key=raw.users.__getitem__)  # by raw id: the order of the source does not matter
+    return _renumber(np.array(order, np.int64), len(raw.users))
+
+
+def _kept_items(
+    raw: RawLog, item_E: np.ndarray, frozen: dict[str, list[FrozenRow]], core_item: int
+) -> tuple[np.ndarray, np.ndarray]:
+    kept_I = np.bincount(item_E, minlength=len(raw.catalogue)) >= core_item
+    for rows in frozen.values():
+        for row in rows:
+            kept_I[[*row.history, row.target, *(() if row.candidates is None else row.candidates)]] = True
+    return _renumber(np.flatnonzero(kept_I), len(raw.catalogue))
+
+
+def _events(log: Interactions, kept_E: np.ndarray, user_map: np.ndarray, item_map: np.ndarray, config: Any) -> Events:
+    user_E, item_E = user_map[log.user_E[kept_E]], item_map[log.item_E[kept_E]]
+    order = np.lexsort((log.row_E[kept_E], log.timestamp_E[kept_E], user_E))
+    user_E = user_E[order]
+    length_U = np.bincount(user_E, minlength=len(user_map))
+    start_U = np.cumsum(length_U) - length_U
+    events = Events(
+        user_E=user_E,
+        item_E=item_E[order],
+        timestamp_E=log.timestamp_E[kept_E][order],
+        position_E=np.arange(len(user_E)) - start_U[user_E],
+        length_E=length_U[user_E],
+        role_E=np.zeros(len(user_E), np.int8),
+    )
+    given_E = None if log.split_E is None else log.split_E[kept_E][order]
+    return dataclasses.replace(events, role_E=roles(events, given_E, config))
+
+
+def _train_mask(events: Events) -> np.ndarray:
+    """bool_E: what training may see: its targets, and the history-only interactions that lead up to one."""
+    train_E = events.role_E == TRAIN
+    last_U = np.full(events.user_E.max(initial=-1) + 1, -1)
+    np.maximum.at(last_U, events.user_E[train_E], events.position_E[train_E])
+    return train_E | ((events.role_E == CONTEXT) & (events.position_E < last_U[events.user_E]))
+
+
+def _windows(events: Events, index: np.ndarray, n: int) -> Rows:
+    """The rows (without candidates) whose targets are the events `index`."""
+    history_ExN = np.empty((len(index), n), np.int32)
+    for start in range(0, len(index), BLOCK):
+        block = slice(start, start + BLOCK)
+        at = index[block, None]
+        length = np.minimum(events.position_E[at], n)
+        item = events.item_E[np.minimum(at - length + np.arange(n), len(events.item_E) - 1)]
+        history_ExN[block] = np.where(np.arange(n) < length, item, -1)
+    return _rows(events.user_E[index], events.position_E[index], history_ExN, events.item_E[index])
+
+
+def _rows(user_E: Any, position_E: Any, history_ExN: np.ndarray, target_E: Any, candidates_ExC: Any = None) -> Rows:
+    if candidates_ExC is None:
+        candidates_ExC = np.zeros((len(history_ExN), 0))
+    return Rows(*(np.asarray(x).astype(np.int32) for x in (user_E, position_E, history_ExN, target_E, candidates_ExC)))
+
+
+def _frozen_rows(
+    name: str, frozen: Sequence[FrozenRow], events: Events, user_map: np.ndarray, item_map: np.ndarray, config: Any
+) -> Rows:
+    """Ready-made rows, in their order. position: of the target in the user's sequence, else the history's length."""
+    user_E = user_map[[row.user for row in frozen]]
+    target_E = item_map[[row.target for row in frozen]]
+    history_ExN = np.full((len(frozen), config.history), -1)
+    for history, row in zip(history_ExN, frozen, strict=True):
+        recent = row.history[-config.history :]
+        history[: len(recent)] = item_map[list(recent)]
+    key, wanted = events.user_E * len(item_map) + events.item_E, user_E * len(item_map) + target_E
+    order = np.argsort(key)
+    at = order[np.searchsorted(key[order], wanted).clip(max=len(key) - 1)]
+    length_E = [len(row.history) for row in frozen]
+    position_E = np.where(key[at] == wanted, events.position_E[at], length_E)
+    if all(row.candidates is None for row in frozen):
+        return _rows(user_E, position_E, history_ExN, target_E)
+    for number, row in enumerate(frozen, 1):
+        items = row.candidates or ()
+        if len(items) != config.candidates:
+            raise UserError(
+                f"split {name}, row {number}: the source lists {len(items)} candidates, the config asks "
+                f"for {config.candidates}; set data.candidates={len(items)}"
+            )
+        if len(set(items)) != len(items) or row.target not in items:
+            raise UserError(f"split {name}, row {number}: its candidates must be distinct and hold the target")
+    candidates_ExC = item_map[np.array([row.candidates for row in frozen], np.int64)]
+    return _rows(user_E, position_E, history_ExN, target_E, candidates_ExC)
+
+
+def _usable(rows: Rows, name: str, config: Any, seed: int) -> tuple[Rows, dict[str, int]]:
+    """The rows that can be used, and how many could not, by reason."""
+    long_E = (rows.history_ExN >= 0).sum(1) >= config.min_history
+    dropped = {"short_history": int((~long_E).sum())}
+    rows = rows.take(long_E)
+    limit = {"validation": config.max_validation, "test": config.max_test}.get(name, 0)
+    dropped["beyond_maximum"] = max(0, len(rows) - limit) if limit else 0
+    if dropped["beyond_maximum"]:
+        luck_E = seeds.uniform(seeds.key(seed, "maximum", name), rows.user_E, rows.position_E)
+        rows = rows.take(np.sort(np.argsort(luck_E, kind="stable")[:limit]))
+    return rows, dropped
+
+
+def _with_candidates(rows: Rows, pool: candidates.Pool, size: int, seed: int, split: str) -> Rows:
+    if rows.candidates_ExC.shape[1]:
+        return rows  # ready-made lists are used as they are
+    columns = rows.user_E, rows.position_E, rows.history_ExN, rows.target_E
+    return Rows(*columns, candidates.draw(pool, *columns, size=size, seed=seed, split=split))
