@@ -5,7 +5,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,8 +37,8 @@ class Interactions:
 
     def take(self, kept: np.ndarray) -> "Interactions":
         """The interactions that a mask or indices select."""
-        columns = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return Interactions(*(None if column is None else column[kept] for column in columns))
+        columns: dict[str, Any] = {name: value[kept] for name, value in vars(self).items() if value is not None}
+        return dataclasses.replace(self, **columns)
 
 
 class FrozenRow(NamedTuple):

@@ -16,6 +16,7 @@ from rosepo_jax.errors import UserError
 _SPLITS = {"train": TRAIN, "val": VALIDATION, "test": TEST}
 _NAMES = {"val": "validation", "test": "test"}
 _TITLES = ("id2name.txt", "id2title.txt", "id2title.tsv")
+_SESSIONS = ("sessions.tsv", "sessions_reconstructed.tsv")
 _LARGEST_JSON = 1 << 28  # bytes; unlike JSON lines, a JSON list is read whole
 
 
@@ -46,34 +47,29 @@ def llara(path: pathlib.Path) -> RawLog:
     whose last item is the target.
     """
     items = _titles(path)
-    ready = {split: rows for split in _SPLITS if (rows := _ready_rows(path, split, items))}
-    log = next(
-        (path / name for name in ("sessions.tsv", "sessions_reconstructed.tsv") if (path / name).is_file()), None
-    )
+    ready = {split: rows for split in _NAMES if (rows := _ready_rows(path, split, items))}
+    log = next((path / name for name in _SESSIONS if (path / name).is_file()), None)
     if log:
         sequences = list(_sessions(log))
-    elif "train" in ready:
-        log = path
-        sequences = [
-            _Sequence(row.row, f"train:{row.row}", [*row.history, row.target], "train:last", None, None)
-            for row in ready["train"]
-        ]
     else:
-        raise UserError(f"{path}: no sessions.tsv, sessions_reconstructed.tsv, train*.jsonl or *train.json here")
+        windows = _ready_rows(path, "train", items)
+        if not windows:
+            raise UserError(f"{path}: no {', '.join(_SESSIONS)}, train*.jsonl or *train.json here; set data.path")
+        sequences = [
+            _Sequence(row.row, f"train:{row.row}", [*row.history, row.target], "train", None, None) for row in windows
+        ]
 
     def splits(sequence: _Sequence) -> list[int]:
-        length, split = len(sequence.items), sequence.split.removesuffix(":last")
-        if sequence.split == "train":
-            return [TRAIN] * length
-        last = CONTEXT if split in _NAMES and split in ready else _SPLITS[split]
-        return [CONTEXT] * (length - 1) + [last]
+        if log and sequence.split == "train":
+            return [TRAIN] * len(sequence.items)
+        last = CONTEXT if sequence.split in ready else _SPLITS[sequence.split]
+        return [CONTEXT] * (len(sequence.items) - 1) + [last]
 
-    raw = assemble(_events(log, ((sequence, splits(sequence)) for sequence in sequences)), items, log)
+    raw = assemble(_events(log or path, ((sequence, splits(sequence)) for sequence in sequences)), items, log or path)
     users = {user: index for index, user in enumerate(raw.users)}
     frozen = {
         _NAMES[split]: _frozen(rows, [s for s in sequences if s.split == split], split, users, items)
         for split, rows in ready.items()
-        if split in _NAMES
     }
     return dataclasses.replace(raw, users=tuple(users), frozen_rows=frozen or None)
 

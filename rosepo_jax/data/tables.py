@@ -65,7 +65,7 @@ def json_lines(path: pathlib.Path) -> Iterator[Record]:
     for row, line in lines(path):
         try:
             value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also a whole number of thousands of digits
             raise UserError(f"{path}: row {row} is not valid JSON ({error})") from None
         if not isinstance(value, dict):
             raise UserError(f"{path}: row {row} is not a JSON object")
@@ -84,7 +84,7 @@ def number(value: Any, name: str, path: pathlib.Path, row: int) -> float:
     """A finite number; UserError otherwise."""
     try:
         result = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         result = math.nan
     if not math.isfinite(result):
         raise UserError(f"{path}: row {row}: {name} {str(value)[:60]!r} is not a finite number")
