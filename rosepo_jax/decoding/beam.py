@@ -1,0 +1,155 @@
+"""Beam search over the catalogue: always valid titles, with a proof per user of when the top-k is exact."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rosepo_jax.decoding.trie import Trie
+
+
+class Result(NamedTuple):
+    items_Bxk: jax.Array  # int32, best first, -1 when fewer titles exist
+    scores_Bxk: jax.Array  # float32, -inf where the item is -1
+    certified_B: jax.Array  # bool
+
+
+class _Search(NamedTuple):
+    node_BxW: jax.Array  # the prefixes alive
+    score_BxW: jax.Array  # their log-probs, best first; -inf marks an unused beam
+    items_Bxk: jax.Array
+    scores_Bxk: jax.Array
+    pruned_B: jax.Array  # the best log-prob of any prefix ever dropped
+
+
+@functools.partial(jax.jit, static_argnames=("lm", "beams", "k"))
+def beam_search(
+    lm: Any,
+    params: Any,
+    trie: Trie,
+    prompt_BxP: jax.Array,
+    prompt_mask_BxP: jax.Array,
+    *,
+    beams: int,
+    k: int,
+    excluded_BxX: jax.Array | None = None,
+) -> Result:
+    """The k best titles of the catalogue after each prompt.
+
+    Formula:   score(title) = sum_t log p(token_t | prompt, token_<t), EOS included, each over the full vocabulary;
+               never renormalised over the trie and not divided by length.
+    Certified: log-probs only fall along a title, so no title beats its own prefixes. Where every dropped prefix scored
+               below the k-th result, the top-k equals that of scoring all titles.
+    Ties:      equal results are ordered by item, equal prefixes by their parents' order and then by token. A dropped
+               prefix that ties with the k-th result forfeits the certificate.
+    Shapes:    prompt_BxP int32, prompt_mask_BxP bool; excluded_BxX int32: items never to return, padded with -1.
+               Excluding one of several items with equal tokens excludes them all: their text is the same.
+    Units:     natural log, float32.
+    Errors:    ValueError when beams or k is below 1.
+
+    `lm` is static, so it must be hashable. Put `trie` on the device once (`jax.device_put`) when calling often.
+    """
+    if beams < 1 or k < 1:
+        raise ValueError(f"beams and k must be at least 1, not {beams} and {k}")
+    batch = prompt_BxP.shape[0]
+    width = min(beams, trie.rank_I.shape[0])  # no depth has more prefixes than there are titles
+    trie = jax.tree.map(jnp.asarray, trie)
+    if excluded_BxX is None:
+        excluded_BxX = jnp.full((batch, 0), -1)
+    advance = functools.partial(_advance, trie, _excluded_ranks(trie, excluded_BxX), width)
+
+    logits_BxV, prompt_cache = lm.prefill(params, prompt_BxP, prompt_mask_BxP)
+    root = _Search(
+        node_BxW=jnp.zeros((batch, 1), jnp.int32),
+        score_BxW=jnp.zeros((batch, 1)),
+        items_Bxk=jnp.full((batch, k), -1, jnp.int32),
+        scores_Bxk=jnp.full((batch, k), -jnp.inf),
+        pruned_B=jnp.full(batch, -jnp.inf),
+    )
+    search, _ = advance(trie.branching[0], root, logits_BxV[:, None])
+    suffix = lm.empty_suffix(batch, width, len(trie.branching))
+
+    def can_improve(state):
+        _, search, _ = state
+        best_B = search.score_BxW[:, 0]
+        return jnp.any((best_B > -jnp.inf) & (best_B >= search.scores_Bxk[:, -1]))
+
+    def step(state):
+        depth, search, suffix = state
+        token_BxW = trie.token_M[search.node_BxW]
+        logits_BxWxV, suffix = lm.extend(params, prompt_cache, suffix, token_BxW, depth)
+        search, parent_BxW = advance(max(trie.branching[1:], default=0), search, logits_BxWxV)
+        return depth + 1, search, jax.tree.map(functools.partial(_take_beams, parent_BxW), suffix)
+
+    _, search, _ = jax.lax.while_loop(can_improve, step, (jnp.int32(0), search, suffix))
+    exact_B = (search.pruned_B == -jnp.inf) | (search.pruned_B < search.scores_Bxk[:, -1])
+    return Result(search.items_Bxk, search.scores_Bxk, exact_B)
+
+
+def _advance(
+    trie: Trie, excluded_BxX: jax.Array, width: int, branching: int, search: _Search, logits_BxWxV: jax.Array
+) -> tuple[_Search, jax.Array]:
+    """Ends the titles that can end here, and replaces every prefix by its children, of which the best `width` stay.
+
+    Returns the search and, for every new beam, the beam it came from.
+    """
+    logps_BxWxV = jax.nn.log_softmax(logits_BxWxV.astype(jnp.float32))
+    node_BxW, score_BxW = search.node_BxW, search.score_BxW
+
+    title_BxW = trie.first_M[node_BxW]
+    ends_BxW = (trie.item_M[node_BxW] >= 0) & ~_all_excluded(excluded_BxX, title_BxW, title_BxW + 1)
+    ended_BxW = jnp.where(ends_BxW, score_BxW + logps_BxWxV[..., trie.eos], -jnp.inf)
+    item_BxW = jnp.where(ended_BxW > -jnp.inf, trie.item_M[node_BxW], -1)
+    items_Bxk, scores_Bxk = _merge(search.items_Bxk, search.scores_Bxk, item_BxW, ended_BxW)
+
+    slots = max(1, branching)
+    child_BxWxC = trie.child_start_M1[node_BxW][..., None] + jnp.arange(slots, dtype=jnp.int32)[None, None]
+    is_child_BxWxC = child_BxWxC < trie.child_start_M1[node_BxW + 1][..., None]
+    child_BxWxC = jnp.where(is_child_BxWxC, child_BxWxC, 0)
+    is_open_BxWxC = is_child_BxWxC & ~_all_excluded(excluded_BxX, trie.first_M[child_BxWxC], trie.last_M[child_BxWxC])
+    step_BxWxC = jnp.take_along_axis(logps_BxWxV, trie.token_M[child_BxWxC], axis=2)
+    child_score_BxWxC = jnp.where(is_open_BxWxC, score_BxW[..., None] + step_BxWxC, -jnp.inf)
+
+    batch, parents, _ = child_BxWxC.shape
+    missing = max(0, width + 1 - parents * slots)
+    flat_scores = jnp.pad(child_score_BxWxC.reshape(batch, -1), ((0, 0), (0, missing)), constant_values=-jnp.inf)
+    flat_children = jnp.pad(child_BxWxC.reshape(batch, -1), ((0, 0), (0, missing)))
+    best, place = jax.lax.top_k(flat_scores, width + 1)
+    place_BxW = place[:, :width]
+    search = _Search(
+        node_BxW=jnp.take_along_axis(flat_children, place_BxW, axis=1),
+        score_BxW=best[:, :width],
+        items_Bxk=items_Bxk,
+        scores_Bxk=scores_Bxk,
+        pruned_B=jnp.maximum(search.pruned_B, best[:, width]),
+    )
+    return search, jnp.minimum(place_BxW // slots, parents - 1)
+
+
+def _merge(items_Bxk, scores_Bxk, item_BxW, score_BxW):
+    """The k best of both, by falling score, then by item."""
+    k = items_Bxk.shape[1]
+    scores = jnp.concatenate([scores_Bxk, score_BxW], axis=1)
+    items = jnp.concatenate([items_Bxk, item_BxW], axis=1)
+    falling, items = jax.lax.sort((-scores, items), num_keys=2)
+    return items[:, :k], -falling[:, :k]
+
+
+def _excluded_ranks(trie: Trie, excluded_BxX: jax.Array) -> jax.Array:
+    """The distinct title ranks of the excluded items; -1 for padding and repetitions."""
+    rank_BxX = jnp.sort(jnp.where(excluded_BxX >= 0, trie.rank_I[excluded_BxX], -1), axis=1)
+    repeats_BxX = jnp.pad(rank_BxX[:, 1:] == rank_BxX[:, :-1], ((0, 0), (1, 0)))[:, : rank_BxX.shape[1]]
+    return jnp.where(repeats_BxX, -1, rank_BxX)
+
+
+def _all_excluded(excluded_BxX: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
+    """Whether every title rank in [first, last) is excluded, so that a prefix with nothing to offer takes no beam."""
+    rank = excluded_BxX.reshape(len(excluded_BxX), *(1,) * (first.ndim - 1), -1)
+    within = (rank >= first[..., None]) & (rank < last[..., None])
+    return jnp.sum(within, axis=-1) == last - first
+
+
+def _take_beams(parent_BxW: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Reorders a suffix cache leaf [L, B, W, T, ...] along its beams."""
+    return jnp.take_along_axis(leaf, parent_BxW.reshape(1, *parent_BxW.shape, *(1,) * (leaf.ndim - 3)), axis=2)

@@ -1,0 +1,239 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy import EOS, ToyModel, pad_prompts, random_params, title_score
+
+from rosepo_jax.decoding.beam import beam_search
+from rosepo_jax.decoding.trie import compile_trie
+from rosepo_jax.models.decoder import DecoderConfig, LanguageModel
+from rosepo_jax.preference.logprobs import response_logps
+
+VOCABULARY, DEPTH, ROOM = 6, 5, 256
+
+
+def same_shape(trie):
+    """The trie in arrays of one size, so that many random catalogues share one compilation."""
+
+    def grow(array, value):
+        return np.pad(array, (0, ROOM - len(array)), constant_values=value)
+
+    return dataclasses.replace(
+        trie,
+        child_start_M1=grow(trie.child_start_M1, trie.child_start_M1[-1]),
+        token_M=grow(trie.token_M, EOS),
+        item_M=grow(trie.item_M, -1),
+        first_M=grow(trie.first_M, 0),
+        last_M=grow(trie.last_M, 0),
+        rank_I=grow(trie.rank_I, 0),
+        branching=(VOCABULARY,) * DEPTH,
+    )
+
+
+def random_titles(rng, count, vocabulary=VOCABULARY, depth=DEPTH):
+    """Short tokens from few letters: prefixes, duplicates and shared beginnings are common."""
+    return [[*rng.integers(1, vocabulary, rng.integers(1, depth + 1)).tolist(), EOS] for _ in range(count)]
+
+
+def random_prompts(rng, count, vocabulary=VOCABULARY):
+    return [rng.integers(1, vocabulary, rng.integers(1, 7)).tolist() for _ in range(count)]
+
+
+def brute_force(params, prompt, titles, k, excluded=()):
+    """The k best distinct titles by scoring all of them; the lowest item of equal titles stands for all."""
+    banned = {tuple(titles[item]) for item in excluded if item >= 0}
+    lowest = {tuple(title): item for item, title in reversed(list(enumerate(titles)))}
+    scored = [(-title_score(params, prompt, title), item) for title, item in lowest.items() if title not in banned]
+    return [(item, -score) for score, item in sorted(scored)[:k]]
+
+
+def assert_is(items, scores, expected):
+    """Items and scores equal the expected list, up to the order of titles whose scores tie in float32."""
+    n = len(expected)
+    assert (items[n:] == -1).all()
+    assert (scores[n:] == -np.inf).all()
+    np.testing.assert_allclose(scores[:n], [score for _, score in expected], rtol=1e-5, atol=1e-5)
+    assert items[:n].tolist() == [item for item, _ in expected]
+
+
+def assert_sound(items, scores, prompt, params, titles, excluded=()):
+    """Whatever the certificate: items of the catalogue, none twice or excluded, exact scores, best first."""
+    real = items[items >= 0].tolist()
+    assert (items[len(real) :] == -1).all()
+    texts = [tuple(titles[item]) for item in real]
+    assert len(set(texts)) == len(texts)
+    assert all(titles.index(list(text)) == item for text, item in zip(texts, real))
+    assert not {tuple(titles[item]) for item in excluded if item >= 0} & set(texts)
+    expected = [title_score(params, prompt, titles[item]) for item in real]
+    np.testing.assert_allclose(scores[: len(real)], expected, rtol=1e-5, atol=1e-5)
+    assert (np.diff(scores[: len(real)]) <= 0).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.sampled_from([2, 5, 40]), st.integers(0, 4))
+def test_certified_rows_equal_brute_force(seed, count, beams, banned):
+    rng = np.random.default_rng(seed)
+    titles, params, k = random_titles(rng, count), random_params(rng, VOCABULARY), 4
+    prompts = random_prompts(rng, 3)
+    excluded = np.full((3, 4), -1, np.int32)
+    excluded[:, :banned] = rng.integers(0, count, (3, banned))
+    trie = same_shape(compile_trie(titles, EOS))
+    result = beam_search(
+        ToyModel(), params, trie, *pad_prompts(prompts, 8), beams=beams, k=k, excluded_BxX=jnp.asarray(excluded)
+    )
+    items, scores, certified = map(np.asarray, result)
+    for row, prompt in enumerate(prompts):
+        assert_sound(items[row], scores[row], prompt, params, titles, excluded[row])
+        if certified[row]:
+            assert_is(items[row], scores[row], brute_force(params, prompt, titles, k, excluded[row]))
+    if beams >= count:
+        assert certified.all()
+
+
+def test_the_certificate_says_no_when_the_beam_misses_the_best():
+    """A title that starts badly and goes on well loses to a greedy beam; more beams find it."""
+    rng = np.random.default_rng(0)
+    missed = exact = 0
+    for _ in range(60):
+        titles, params = random_titles(rng, 40), random_params(rng, VOCABULARY)
+        prompts = random_prompts(rng, 4)
+        arguments = (ToyModel(), params, same_shape(compile_trie(titles, EOS)), *pad_prompts(prompts, 8))
+        items, _, certified = map(np.asarray, beam_search(*arguments, beams=2, k=3))
+        for row, prompt in enumerate(prompts):
+            right = items[row].tolist() == [item for item, _ in brute_force(params, prompt, titles, 3)]
+            assert right or not certified[row]
+            missed += not right
+            exact += bool(certified[row])
+    assert missed > 20
+    assert exact > 5
+
+
+@pytest.mark.parametrize("beams", [1, 3, 50])
+@pytest.mark.parametrize(
+    "titles",
+    [
+        [[3, EOS]],
+        [[EOS]],
+        [[EOS], [2, EOS]],
+        [[1, 2, EOS], [1, 2, 3, EOS]],
+        [[1, 2, 3, EOS], [1, 2, EOS], [1, 2, 3, EOS], [1, 2, EOS]],
+        [[4, 4, 4, 4, EOS], [5, EOS]],
+    ],
+    ids=["one item", "an empty title", "empty and not", "Alien and Aliens", "duplicates", "long and short"],
+)
+def test_small_catalogues(titles, beams):
+    """Fewer titles than beams and than k."""
+    params = random_params(np.random.default_rng(3), VOCABULARY)
+    prompts = [[1, 2, 3], [5]]
+    items, scores, certified = map(
+        np.asarray,
+        beam_search(ToyModel(), params, compile_trie(titles, EOS), *pad_prompts(prompts, 4), beams=beams, k=7),
+    )
+    for row, prompt in enumerate(prompts):
+        assert_sound(items[row], scores[row], prompt, params, titles)
+        if beams >= 3:
+            assert certified[row]
+        if certified[row]:
+            assert_is(items[row], scores[row], brute_force(params, prompt, titles, 7))
+
+
+def test_everything_excluded_returns_nothing():
+    titles = [[1, EOS], [2, 3, EOS], [1, EOS]]
+    params = random_params(np.random.default_rng(0), VOCABULARY)
+    excluded = jnp.array([[2, 1, 2]])
+    arguments = (ToyModel(), params, compile_trie(titles, EOS), *pad_prompts([[1]], 2))
+    items, scores, certified = map(np.asarray, beam_search(*arguments, beams=2, k=2, excluded_BxX=excluded))
+    assert items.tolist() == [[-1, -1]]
+    assert (scores == -np.inf).all()
+    assert certified.all()
+
+
+def test_excluded_items_take_no_beam():
+    """With the nine best titles excluded, one beam still finds the tenth and proves it: it is the only one left."""
+    rng = np.random.default_rng(1)
+    titles = [[token, token, EOS] for token in range(1, 11)]
+    params, prompts = random_params(rng, 11), [[3, 4]]
+    order = [item for item, _ in brute_force(params, prompts[0], titles, 10)]
+    arguments = (ToyModel(), params, compile_trie(titles, EOS), *pad_prompts(prompts, 2))
+    items, _, certified = beam_search(*arguments, beams=1, k=1, excluded_BxX=jnp.array([order[:9]]))
+    assert items.tolist() == [[order[9]]]
+    assert certified.all()
+
+
+def test_ties_go_to_the_lower_item_and_are_never_certified_away():
+    """A model without preferences: all titles of one length tie."""
+    params = {"embedding": np.zeros((VOCABULARY, 2), np.float32), "head": np.zeros((2, VOCABULARY), np.float32)}
+    titles = [[5, EOS], [4, EOS], [3, EOS], [2, EOS], [1, EOS]]
+    arguments = (ToyModel(), params, compile_trie(titles, EOS), *pad_prompts([[1]], 2))
+    wide, narrow = (beam_search(*arguments, beams=beams, k=3) for beams in (5, 3))
+    assert wide.items_Bxk.tolist() == [[0, 1, 2]]
+    assert wide.certified_B.all()
+    np.testing.assert_allclose(wide.scores_Bxk, 2 * np.log(1 / VOCABULARY), rtol=1e-6)
+    # The dropped prefixes [4] and [5] cost half of a title, so they might still have won.
+    assert narrow.items_Bxk.tolist() == [[2, 3, 4]]
+    assert not narrow.certified_B.any()
+
+
+def test_rows_do_not_depend_on_batch_or_padding():
+    rng = np.random.default_rng(5)
+    titles, params, prompts = random_titles(rng, 60, 12, 6), random_params(rng, 12), random_prompts(rng, 8, 12)
+    trie = compile_trie(titles, EOS)
+
+    def search(prompts, width, fill):
+        return jax.tree.map(
+            np.asarray, beam_search(ToyModel(), params, trie, *pad_prompts(prompts, width, fill), beams=6, k=5)
+        )
+
+    together = search(prompts, 6, 1)
+    for count, width, fill in [(1, 6, 1), (4, 6, 1), (8, 17, 9)]:
+        parts = [search(prompts[start : start + count], width, fill) for start in range(0, 8, count)]
+        apart = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        np.testing.assert_array_equal(apart.items_Bxk, together.items_Bxk)
+        np.testing.assert_array_equal(apart.certified_B, together.certified_B)
+        np.testing.assert_allclose(apart.scores_Bxk, together.scores_Bxk, rtol=1e-5)
+
+
+def test_one_compilation_serves_many_batches():
+    rng = np.random.default_rng(2)
+    trie, params = compile_trie(random_titles(rng, 9), EOS), random_params(rng, VOCABULARY)
+    beam_search.clear_cache()
+    for _ in range(3):
+        beam_search(ToyModel(), params, trie, *pad_prompts(random_prompts(rng, 2), 7), beams=2, k=2)
+    assert beam_search._cache_size() == 1
+
+
+@pytest.mark.parametrize("numbers", [{"beams": 0, "k": 1}, {"beams": 1, "k": 0}])
+def test_refuses_no_beams_and_no_results(numbers):
+    params = random_params(np.random.default_rng(0), VOCABULARY)
+    with pytest.raises(ValueError, match="at least 1"):
+        beam_search(ToyModel(), params, compile_trie([[1, EOS]], EOS), *pad_prompts([[1]], 2), **numbers)
+
+
+def test_decoder_beams_equal_scoring_every_title():
+    """The real decoder: exact top-k against the shared-prefix scorer, which shares no code with the cached path."""
+    rng = np.random.default_rng(7)
+    config = DecoderConfig(vocabulary=20, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp_width=24)
+    lm = LanguageModel(config)
+    params = {path: 4.0 * value if "embedding" in path else value for path, value in lm.init(jax.random.key(1)).items()}
+    titles = list(map(list, dict.fromkeys(map(tuple, random_titles(rng, 50, 20, 6)))))
+    prompts, mask = pad_prompts(random_prompts(rng, 5, 20), 9)
+    responses, responses_mask = pad_prompts(titles, max(map(len, titles)))
+    every_BxI = np.asarray(
+        response_logps(
+            lm, params, prompts, mask, *(np.broadcast_to(x, (5, *x.shape)) for x in (responses, responses_mask))
+        )
+    )
+    order = np.argsort(-every_BxI, axis=1)[:, :4]
+    wide, narrow = (beam_search(lm, params, compile_trie(titles, EOS), prompts, mask, beams=b, k=4) for b in (50, 8))
+    assert wide.certified_B.all()
+    np.testing.assert_array_equal(wide.items_Bxk, order)
+    np.testing.assert_allclose(wide.scores_Bxk, np.take_along_axis(every_BxI, order, axis=1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        narrow.scores_Bxk, np.take_along_axis(every_BxI, np.asarray(narrow.items_Bxk), axis=1), rtol=1e-5, atol=1e-5
+    )
+    certified = np.asarray(narrow.certified_B)
+    np.testing.assert_array_equal(np.asarray(narrow.items_Bxk)[certified], order[certified])
