@@ -27,7 +27,6 @@ by first appearance. Repairs, each counted in `RawLog.repairs` under the name it
 - history items of a ready-made evaluation row that have no title: dropped
 - repeated interactions (same user, item and time): dropped
 - interactions earlier than the user's row before: sorted by time
-- interactions rated below data.min_rating: dropped (on request)
 - users with one interaction: kept (the k-core filter of `prepare` may remove them)
 
 Errors, each one line with file and row: a missing, unreadable or empty file; a missing column; a row with too few or
@@ -36,7 +35,6 @@ rating that is not a finite number; an unknown target or candidate in a ready-ma
 Blank lines, CRLF line ends, byte-order marks and quoted commas are read as what they mean and are no repair.
 """
 
-import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -56,7 +54,7 @@ def read(data: Any, seed: int) -> RawLog:
     raw = _read(data, seed)
     if data.split == "global_time" and not raw.timed:
         raise UserError(f"data.split: global_time needs timestamps, but {data.path} holds only the order of each user")
-    return _rated_at_least(data.min_rating, raw) if data.min_rating > 0 else raw
+    return raw
 
 
 def _read(data: Any, seed: int) -> RawLog:
@@ -75,18 +73,6 @@ def _read(data: Any, seed: int) -> RawLog:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; set data.path")
     return _READERS[data.source](path, data)
-
-
-def _rated_at_least(minimum: float, raw: RawLog) -> RawLog:
-    log = raw.interactions
-    if log.rating_E is None:
-        raise UserError(f"data.min_rating is {minimum}, but the source has no ratings; set it to 0")
-    kept_E = log.rating_E >= minimum
-    if not kept_E.any():
-        raise UserError(f"data.min_rating is {minimum}, but the highest rating is {log.rating_E.max()}; lower it")
-    below = {"interactions rated below data.min_rating: dropped": int((~kept_E).sum())}
-    repairs = {name: n for name, n in (raw.repairs | below).items() if n}
-    return dataclasses.replace(raw, interactions=log.take(kept_E), repairs=repairs)
 
 
 # --- MovieLens -------------------------------------------------------------------------------------------------------

@@ -154,14 +154,6 @@ def test_repairs_are_made_and_counted(dat):
         assert name.split(": ")[0] in sources.__doc__.replace("\n  ", "")
 
 
-def test_min_rating(dat):
-    raw = read("movielens", dat, min_rating=7.5)
-    assert events(raw) == [("1", "0002", 200), ("2", "0002", 50)]
-    assert raw.repairs["interactions rated below data.min_rating: dropped"] == 2
-    with pytest.raises(UserError, match=r"data.min_rating is 11.0, but the highest rating is 9.0"):
-        read("movielens", dat, min_rating=11.0)
-
-
 @given(st.text(st.characters()))
 def test_clean_is_idempotent_printable_and_loses_no_letter(title):
     cleaned = clean(title)
@@ -376,8 +368,6 @@ def test_table_with_a_title_table_and_without_timestamps(tmp_path):
     assert not raw.timed
     with pytest.raises(UserError, match="global_time needs timestamps"):
         read("table", log, titles=str(titles), columns=columns, split="global_time")
-    with pytest.raises(UserError, match="the source has no ratings"):
-        read("table", log, titles=str(titles), columns=columns, min_rating=1.0)
 
 
 @pytest.mark.parametrize(
