@@ -14,6 +14,7 @@ from rosepo_jax import seeds
 from rosepo_jax.evaluation import significance
 
 TIES = seeds.key("ties")
+BLOCK = 64  # rows whose similarities to the whole catalogue are held at a time
 
 
 # Ranking
@@ -176,14 +177,14 @@ def group_unfairness(history_count_G: np.ndarray, list_count_G: np.ndarray) -> t
 def semantic_neighbours(history_ExN: np.ndarray, embedding_IxD: np.ndarray, k: int) -> np.ndarray:
     """neighbour_ExK: the k items outside the history with the largest max-cosine to a history item, ties by hash."""
     unit_IxD = embedding_IxD / np.maximum(np.linalg.norm(embedding_IxD, axis=1, keepdims=True), 1e-12)
-    item_I = np.arange(len(unit_IxD))
     neighbours = []
-    for history_N in history_ExN:
-        taken = history_N[history_N >= 0]
-        score_I = (unit_IxD @ unit_IxD[taken].T).max(axis=1, initial=-np.inf)
-        score_I[taken] = -np.inf
-        neighbours.append(ranking(score_I, item_I, k))
-    return np.array(neighbours).reshape(len(history_ExN), -1)
+    for history_BxN in np.split(history_ExN, range(BLOCK, len(history_ExN), BLOCK)):
+        cosine_BxNxI = unit_IxD[history_BxN] @ unit_IxD.T
+        score_BxI = np.where(history_BxN[:, :, None] >= 0, cosine_BxNxI, -np.inf).max(axis=1)
+        row, slot = np.nonzero(history_BxN >= 0)
+        score_BxI[row, history_BxN[row, slot]] = -np.inf
+        neighbours.append(ranking(score_BxI, np.arange(len(unit_IxD)), k))
+    return np.concatenate(neighbours)
 
 
 def semantic_error(

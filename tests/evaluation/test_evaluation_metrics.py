@@ -168,7 +168,8 @@ def test_popularity_groups_are_equal_bins_in_order_of_count():
 # Semantic error
 
 
-def test_semantic_neighbours_against_a_loop():
+def test_semantic_neighbours_against_a_loop(monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", 2)
     random = np.random.default_rng(5)
     embedding = random.standard_normal((50, 6)) * random.uniform(0.1, 9, (50, 1))
     _, _, history, _ = lists(5)
