@@ -29,10 +29,13 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rosepo_jax.errors import UserError, nearest
 from rosepo_jax.stages import STAGES
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 COMMANDS = ("run", "sweep")
 TOOLS = ("recommend", "score", "export", "doctor")
@@ -84,12 +87,7 @@ def _dispatch(verb: str, words: Sequence[str]) -> int:
     if command is not None:
         command.add_arguments(parser)
     args = parser.parse_args(words)
-    config = None
-    if verb not in TOOLS or args.config or args.workdir or overrides:
-        args.config, args.workdir = locate(args.config, args.workdir, verb in TOOLS)
-        from rosepo_jax import configuration  # not before doctor had its chance to say that ml_collections is missing
-
-        config = configuration.load(args.config, overrides)
+    config = None if verb == "doctor" else resolve(verb, args, overrides)
     if command is not None:
         return command.main(config, args) or 0
     from rosepo_jax.stages import runtime  # imports jax, which --help and mistakes need not wait for
@@ -115,23 +113,32 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[tuple[str, st
     return others, overrides
 
 
-def locate(config: str | None, workdir: pathlib.Path | None, finished: bool) -> tuple[str, pathlib.Path]:
-    """Which config and which workdir a command line means; `finished`: the verb needs a workdir that has been filled.
+def resolve(verb: str, args: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> "ConfigDict":
+    """The config that a command line means; completes args.config and args.workdir.
 
     A config that is given wins; then the one that the workdir was made with; then, to start from, the demo.
     """
-    if config is not None:
-        path, _, argument = config.partition(".py:")
-        return config, workdir or pathlib.Path("runs") / "-".join(filter(None, (pathlib.Path(path).stem, argument)))
-    if workdir is not None and (workdir / "config.json").is_file():
-        return str(workdir / "config.json"), workdir
-    if workdir is not None and finished:
-        raise UserError(
-            f"{workdir}: holds no config.json; run `rosepo run --workdir={workdir}` first, or give --config"
-        )
-    if not pathlib.Path(DEMO).is_file():
+    from rosepo_jax import configuration  # not before doctor had its chance to say that ml_collections is missing
+
+    if verb == "score" and args.workdir is None and (args.model / "model.json").is_file():
+        args.workdir = args.model.parent  # the folder of a stage: prompts are those of its run
+    if args.config is not None:
+        path, _, argument = args.config.partition(".py:")
+        name = "-".join(filter(None, (pathlib.Path(path).stem, argument)))
+        args.workdir = args.workdir or pathlib.Path("runs") / name
+    elif args.workdir is not None and (args.workdir / "config.json").is_file():
+        args.config = str(args.workdir / "config.json")
+    elif verb == "score":
+        return configuration.load(None, overrides)
+    elif verb in TOOLS and args.workdir is None:
+        raise UserError("give the folder of a run: --workdir=DIR")
+    elif verb in TOOLS:
+        raise UserError(f"{args.workdir}: no config.json there; run `rosepo run --workdir={args.workdir}` first")
+    elif not pathlib.Path(DEMO).is_file():
         raise UserError(f"give --config=NAME.py (the default, {DEMO}, is not in this folder)")
-    return DEMO, workdir or pathlib.Path("runs") / pathlib.Path(DEMO).stem
+    else:
+        args.config, args.workdir = DEMO, args.workdir or pathlib.Path("runs") / pathlib.Path(DEMO).stem
+    return configuration.load(args.config, overrides)
 
 
 def quiet() -> None:

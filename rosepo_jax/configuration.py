@@ -31,23 +31,30 @@ def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[st
     return flat
 
 
-def load(spec: str, overrides: Iterable[tuple[str, Any]] = ()) -> ConfigDict:
-    """The config of "path/NAME.py", "path/NAME.py:ARG" or a saved config.json, with the overrides applied in order."""
-    path, argument = _split(spec)
-    if path.suffix == ".json":
-        found = files.read_json(path)
-    else:
-        module = _module(path)
-        with _one_line(path):
-            found = module.get_config(argument)
-        if not isinstance(found, ConfigDict):
-            raise UserError(f"{path}: get_config returned {type(found).__name__}; it must return a ConfigDict")
+def load(spec: str | None, overrides: Iterable[tuple[str, Any]] = ()) -> ConfigDict:
+    """The config of "path/NAME.py", "path/NAME.py:ARG" or a saved config.json, with the overrides applied in order.
+
+    None stands for the defaults.
+    """
     config = defaults.default()
-    for key, value in flatten(found).items():
-        _set(config, key, value, f"{path}: ")
+    if spec is not None:
+        path, argument = _split(spec)
+        for key, value in flatten(_read(path, argument)).items():
+            _set(config, key, value, f"{path}: ")
     for key, value in overrides:
         override(config, key, value)
     return config
+
+
+def _read(path: pathlib.Path, argument: str) -> Mapping[str, Any] | ConfigDict:
+    if path.suffix == ".json":
+        return files.read_json(path)
+    module = _module(path)
+    with _one_line(path):
+        found = module.get_config(argument)
+    if not isinstance(found, ConfigDict):
+        raise UserError(f"{path}: get_config returned {type(found).__name__}; it must return a ConfigDict")
+    return found
 
 
 def get_sweep(spec: str) -> list[dict[str, Any]] | None:

@@ -8,7 +8,6 @@ import types
 import pytest
 
 from rosepo_jax import __main__ as cli
-from rosepo_jax.errors import UserError
 from rosepo_jax.stages import STAGES, runtime
 
 CONFIG = """
@@ -126,9 +125,43 @@ def test_without_a_config_anywhere(tmp_path, monkeypatch, capsys):
     assert "--config=NAME.py" in capsys.readouterr().err
 
 
-def test_a_tool_on_a_workdir_that_was_never_filled(tmp_path):
-    with pytest.raises(UserError, match=r"holds no config.json; run `rosepo run"):
-        cli.locate(None, tmp_path, finished=True)
+@pytest.fixture
+def tool(monkeypatch):
+    """Stands for recommend and score: what they are called with."""
+    called = []
+
+    def add_arguments(parser):
+        parser.add_argument("--model", type=pathlib.Path)
+
+    def main(config, args):
+        called.append((config, args))
+
+    module = types.SimpleNamespace(add_arguments=add_arguments, main=main)
+    for verb in ("recommend", "score"):
+        monkeypatch.setitem(sys.modules, f"rosepo_jax.stages.{verb}", module)
+    return called
+
+
+def test_a_tool_takes_the_config_of_its_workdir(here, tool, capsys):
+    assert cli.main(["recommend", "--workdir=w"]) == 2
+    assert "w: no config.json there; run `rosepo run --workdir=w` first" in capsys.readouterr().err
+    assert cli.main(["recommend"]) == 2
+    assert "--workdir=DIR" in capsys.readouterr().err
+    (here / "w").mkdir()
+    (here / "w" / "config.json").write_text('{"data": {"history": 3}}')
+    assert cli.main(["recommend", "--workdir=w", "--config.evaluate.beams=5"]) == 0
+    [(config, args)] = tool
+    assert (config.data.history, config.evaluate.beams, args.workdir) == (3, 5, pathlib.Path("w"))
+
+
+def test_score_takes_the_config_of_the_run_that_made_the_model(here, tool):
+    (here / "w" / "align").mkdir(parents=True)
+    (here / "w" / "config.json").write_text('{"data": {"template": "mine"}}')
+    (here / "w" / "align" / "model.json").write_text("{}")
+    assert cli.main(["score", "--model=w/align"]) == 0
+    assert cli.main(["score", "--model=a-hugging-face-directory", "--config.mesh.fsdp=2"]) == 0
+    assert [config.data.template for config, _ in tool] == ["mine", "titles"]
+    assert tool[1][0].mesh.fsdp == 2
 
 
 def test_help_and_mistakes_import_nothing_heavy(here):

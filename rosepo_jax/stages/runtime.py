@@ -113,9 +113,8 @@ def _run(stage: Any, config: ConfigDict, workdir: str | os.PathLike, out: pathli
     started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
     try:
         result = stage.run(config, {verb: pathlib.Path(workdir) / verb for verb in stage.INPUTS}, out)
-    except BaseException:
-        # Nothing half-written stays, but for what a resumable stage can go on from.
-        if is_primary() and not (stage.RESUMABLE and any(path.name != BEGUN for path in out.iterdir())):
+    except BaseException as error:
+        if is_primary() and not (stage.RESUMABLE and _worth_keeping(out, error)):
             _empty(out)
             (out / BEGUN).unlink(missing_ok=True)
             out.rmdir()
@@ -201,6 +200,14 @@ def _make_folder(path: pathlib.Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be made ({error.strerror}); choose another --workdir") from None
+
+
+def _worth_keeping(out: pathlib.Path, error: BaseException) -> bool:
+    """Whether a stage can go on from what is there. After a user's mistake that is a checkpoint, or nothing: the next
+    try will have other settings."""
+    if isinstance(error, UserError):
+        return any(out.glob("**/checkpoints/*"))
+    return any(path.name != BEGUN for path in out.iterdir())
 
 
 def _empty(out: pathlib.Path) -> None:

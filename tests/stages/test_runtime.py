@@ -206,6 +206,23 @@ def test_a_resumable_stage_goes_on_from_what_it_left(stages, config, tmp_path):
     assert runtime.identity(tmp_path / "align")
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_mistake_in_a_resumable_stage_leaves_its_checkpoints_or_nothing(stages, config, tmp_path, checkpoint):
+    def run(config, folders, out):
+        (out / "checkpoints").mkdir()
+        (out / "tokenizer.json").write_text("{}")
+        if checkpoint:
+            (out / "checkpoints" / "10").mkdir()
+        raise UserError("align.length: not a length")
+
+    runtime.execute(stages["prepare"], config, tmp_path)
+    runtime.execute(stages["sft"], config, tmp_path)
+    stages["align"].run = run
+    with pytest.raises(UserError, match="not a length"):
+        runtime.execute(stages["align"], config, tmp_path)
+    assert (tmp_path / "align").exists() == checkpoint
+
+
 def test_a_folder_that_is_not_ours_is_never_touched(stages, config, tmp_path):
     (tmp_path / "prepare").mkdir()
     (tmp_path / "prepare" / "thesis.txt").write_text("years of work")
