@@ -16,6 +16,7 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
+        os.fchmod(handle, 0o666 & ~_umask())  # mkstemp makes private files
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
@@ -24,6 +25,12 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     except BaseException:
         pathlib.Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def write_text(path: str | os.PathLike, content: str) -> None:

@@ -20,7 +20,7 @@ from rosepo_jax.data.pairs import Pairs
 from rosepo_jax.data.sequences import Rows
 from rosepo_jax.decoding import rank
 from rosepo_jax.evaluation import baselines, metrics
-from rosepo_jax.models import sasrec
+from rosepo_jax.preference.oracle import Oracle
 from rosepo_jax.training.policy import Policy
 
 
@@ -65,7 +65,7 @@ def floors(config: ConfigDict, catalogue: Catalogue, data: Mapping[str, Rows], o
     history = np.concatenate([data[name].history_ExN for name in ("train", "held_out")])
     target = np.concatenate([data[name].target_E for name in ("train", "held_out")])
     counts = baselines.cooccurrence_counts(history, target, len(catalogue))
-    oracle_config, params, _ = sasrec.load(oracle)
+    scorer = Oracle.load(oracle)
 
     def popularity(rows, items_ExC):
         return catalogue.count_I.astype(np.float64)[items_ExC]
@@ -74,7 +74,7 @@ def floors(config: ConfigDict, catalogue: Catalogue, data: Mapping[str, Rows], o
         return baselines.cooccurrence_scores(counts, rows.history_ExN, items_ExC)
 
     def oracle_scores(rows, items_ExC):
-        return sasrec.item_scores(oracle_config, params, rows.history_ExN, items_ExC)
+        return scorer.scores(rows.history_ExN, items_ExC)
 
     return {"popularity": popularity, "cooccurrence": cooccurrence, "oracle": oracle_scores}
 

@@ -5,6 +5,7 @@ import math
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -19,6 +20,7 @@ from rosepo_jax.models import sasrec
 from rosepo_jax.preference import objectives, smoothing
 from rosepo_jax.preference.logprobs import response_logps
 from rosepo_jax.preference.objectives import Objective
+from rosepo_jax.preference.oracle import Oracle
 from rosepo_jax.preference.smoothing import Smoothing
 from rosepo_jax.stages import sft
 from rosepo_jax.training import loop, policy, sharding
@@ -34,8 +36,10 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
     validation = store.read(inputs["prepare"] / "dataset", "validation")
     rows = pairs.read(inputs["pairs"] / "pairs.parquet")
     objective = objectives.objective(a)
-    oracle_config, oracle_params, tau = sasrec.load(inputs["oracle"])
-    factor = Smoothing(objectives.smoothing_mode(a), a.smoothing.temperature or tau, a.smoothing.cap, a.smoothing.value)
+    oracle = Oracle.load(inputs["oracle"])
+    factor = Smoothing(
+        objectives.smoothing_mode(a), a.smoothing.temperature or oracle.tau, a.smoothing.cap, a.smoothing.value
+    )
     check_sources(a, factor, rows)
 
     mesh = sharding.make_mesh(config.mesh)
@@ -49,7 +53,7 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
         "base": model.base,
         # A real copy: the policy's buffers are donated every step, the reference's never.
         "reference": {} if cached is not None else sharding.place(mesh, model.trainable),
-        "oracle": jax.device_put(oracle_params, sharding.replicated(mesh)),
+        "oracle": jax.device_put(oracle.params, sharding.replicated(mesh)),
     }
     return loop.train(
         name=NAME,
@@ -57,7 +61,7 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
         settings=a,
         out=out,
         mesh=mesh,
-        task=task(model.lm, objective, factor, oracle_config, a.smoothing.source, seeds.key(config.seed, NAME)),
+        task=task(model.lm, objective, factor, oracle.config, a.smoothing.source, seeds.key(config.seed, NAME)),
         trainable=model.trainable,
         frozen=frozen,
         rows=len(rows),
@@ -121,14 +125,13 @@ def task(lm, objective: Objective, factor: Smoothing, oracle_config, source: str
             reference_BxR = logps({**frozen["base"], **frozen["reference"]}, batch)
         epsilon_BxK = batch["epsilon_BxK"]
         if factor.needs_oracle and source == "in_step":
-            score_BxI = sasrec.scores(oracle_config, frozen["oracle"], batch["history_BxN"])
-            score_BxR = jax.numpy.take_along_axis(score_BxI, batch["item_BxR"], axis=1)
+            score_BxR = sasrec.item_scores(oracle_config, frozen["oracle"], batch["history_BxN"], batch["item_BxR"])
             epsilon_BxK = smoothing.pair_epsilon(factor, score_BxR)
         return reference_BxR, epsilon_BxK
 
     def loss(logps_BxR, constants, batch):
         reference_BxR, epsilon_BxK = constants
-        real_B = jax.numpy.ones(logps_BxR.shape[0], bool)
+        real_B = jnp.ones(logps_BxR.shape[0], bool)
         # The first row's number names the batch: a different permutation every step, the same after a restart.
         epsilon = smoothing.epsilon(factor, objective.aggregator, epsilon_BxK, real_B, seed, batch["row_B"][0])
         counts_BxR = batch["response_mask_BxRxT"].sum(axis=-1)

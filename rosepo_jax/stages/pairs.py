@@ -13,8 +13,8 @@ from rosepo_jax.data.examples import TitleTable
 from rosepo_jax.data.pairs import Pairs
 from rosepo_jax.decoding import rank
 from rosepo_jax.errors import UserError
-from rosepo_jax.models import sasrec
 from rosepo_jax.preference import rejected, smoothing
+from rosepo_jax.preference.oracle import Oracle
 from rosepo_jax.stages import runtime
 from rosepo_jax.training import policy, sharding
 
@@ -73,9 +73,9 @@ def mine(config: ConfigDict, inputs: dict[str, pathlib.Path]) -> tuple[Pairs, di
     flipped_E = rejected.flip(config.seed, rows.user_E, rows.position_E, p.flip)
     item_ExR[flipped_E, :2] = item_ExR[flipped_E, 1::-1]
 
-    oracle_config, oracle_params, tau = sasrec.load(inputs["oracle"])
-    score_ExR = sasrec.item_scores(oracle_config, oracle_params, rows.history_ExN, item_ExR)
-    factor = smoothing.Smoothing("oracle", config.align.smoothing.temperature or tau, config.align.smoothing.cap)
+    oracle = Oracle.load(inputs["oracle"])
+    score_ExR = oracle.scores(rows.history_ExN, item_ExR)
+    factor = smoothing.Smoothing("oracle", config.align.smoothing.temperature or oracle.tau, config.align.smoothing.cap)
     epsilon_ExK = np.asarray(smoothing.pair_epsilon(factor, jnp.asarray(score_ExR)))
     texts = examples.prompt_texts(model.encoder, catalogue, rows.history_ExN, rows.candidates_ExC)
     names = [[catalogue.titles[item] for item in row] for row in item_ExR]

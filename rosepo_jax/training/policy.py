@@ -48,8 +48,9 @@ def create(config: ConfigDict, out: pathlib.Path, mesh: Mesh, tokenizer_texts: I
             raise UserError(f"model.path={m.path!r}: not a Hugging Face model directory (no config.json)")
         architecture = checkpoints_hf.read_config(m.path)
         tokenizer.mkdir(parents=True, exist_ok=True)
-        for file in pathlib.Path(m.path).glob("*token*"):
-            shutil.copy(file, tokenizer)
+        for name in checkpoints_hf.TOKENIZER_FILES:
+            if (pathlib.Path(m.path) / name).is_file():
+                shutil.copy(pathlib.Path(m.path) / name, tokenizer)
     else:
         if m.width % m.heads or m.heads % m.kv_heads:
             raise UserError(f"model: width {m.width} / heads {m.heads} / kv_heads {m.kv_heads} must divide evenly")
