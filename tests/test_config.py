@@ -234,7 +234,9 @@ class Reads:
         found = set()
         for section in owner:
             below = f"{section}." if section else ""
-            if attribute is None and not section:
+            if attribute is None and "." in section:
+                self.read |= {key for key in self.keys if key.rpartition(".")[0] == section}
+            elif attribute is None and not section:
                 found |= {name for name in self.sections if name and "." not in name}
             elif f"{below}{attribute}" in self.keys:
                 self.read.add(f"{below}{attribute}")
@@ -247,6 +249,9 @@ class Reads:
         for section in self.paths(node, scope):
             if "." in section:
                 self.read |= {key for key in self.keys if key.rpartition(".")[0] == section}
+
+
+LORA = ("rank", "alpha", "targets")
 
 
 def unread(sources, flat):
@@ -284,9 +289,13 @@ def test_a_key_that_nobody_reads_is_found():
         ("class A:\n    s: dict\n    def f(self):\n        self.s.top\nA(config.evaluate)", {"evaluate.top"}),
         ("rows, e = 1, config.evaluate\ne.top", {"evaluate.top"}),
         ("def f():\n    e = config.evaluate\ndef g(e):\n    e.top", set()),
-        ("f(**config.model.lora)", {f"model.lora.{key}" for key in ("rank", "alpha", "targets")}),
+        ("f(**config.model.lora)", {f"model.lora.{k}" for k in LORA}),
         ("config.to_dict(); config.align.to_dict(); f(**config.align)", set()),
         ("config.sft.get('patience', 0)", {"sft.patience"}),
+        (
+            "def f(c):\n    def g(r):\n        c[r]\nf(config.mesh); f(config.model.lora)",
+            {f"model.lora.{k}" for k in LORA},
+        ),
     ],
 )
 def test_what_counts_as_reading(source, read):
