@@ -65,9 +65,8 @@ def compile_trie(titles: Sequence[Sequence[int]], eos: int) -> Trie:
     depth = max(1, int(length_I.max()))  # a catalogue of empty titles only keeps one unused column
     token_IxT = np.full((len(titles), depth), -1, np.int32)
     token_IxT[np.arange(depth)[None] < length_I[:, None]] = np.delete(tokens, ends)
-    order = np.lexsort(
-        token_IxT.T[::-1]
-    )  # stable, so the lowest item leads its group; -1 puts a title before its extensions
+    # Stable, so that the lowest item leads its group; -1 puts a title before the titles it begins.
+    order = np.lexsort(token_IxT.T[::-1])
     sorted_IxT = token_IxT[order]
     is_first_I = np.append(True, (sorted_IxT[1:] != sorted_IxT[:-1]).any(axis=1))
     rank_I = np.empty(len(titles), np.int64)

@@ -112,7 +112,7 @@ def test_the_certificate_says_no_when_the_beam_misses_the_best():
     assert exact > 5
 
 
-@pytest.mark.parametrize("beams", [1, 3, 50])
+@pytest.mark.parametrize("beams", [1, 50])
 @pytest.mark.parametrize(
     "titles",
     [
@@ -178,23 +178,24 @@ def test_ties_go_to_the_lower_item_and_are_never_certified_away():
     assert not narrow.certified_B.any()
 
 
-def test_rows_do_not_depend_on_batch_or_padding():
+def test_rows_do_not_depend_on_batch_padding_or_devices():
     rng = np.random.default_rng(5)
     titles, params, prompts = random_titles(rng, 60, 12, 6), random_params(rng, 12), random_prompts(rng, 8, 12)
     trie = compile_trie(titles, EOS)
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    rows = jax.NamedSharding(mesh, jax.P("batch"))
 
-    def search(prompts, width, fill):
-        return jax.tree.map(
-            np.asarray, beam_search(ToyModel(), params, trie, *pad_prompts(prompts, width, fill), beams=6, k=5)
-        )
+    def search(prompts, width, fill, sharding=None):
+        batch = jax.device_put(pad_prompts(prompts, width, fill), sharding)
+        return jax.tree.map(np.asarray, beam_search(ToyModel(), params, trie, *batch, beams=6, k=5))
 
     together = search(prompts, 6, 1)
-    for count, width, fill in [(1, 6, 1), (4, 6, 1), (8, 17, 9)]:
-        parts = [search(prompts[start : start + count], width, fill) for start in range(0, 8, count)]
-        apart = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-        np.testing.assert_array_equal(apart.items_Bxk, together.items_Bxk)
-        np.testing.assert_array_equal(apart.certified_B, together.certified_B)
-        np.testing.assert_allclose(apart.scores_Bxk, together.scores_Bxk, rtol=1e-5)
+    parts = [search([prompt], 17, 9) for prompt in prompts]
+    apart = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    for other in (apart, search(prompts, 6, 1, rows)):
+        np.testing.assert_array_equal(other.items_Bxk, together.items_Bxk)
+        np.testing.assert_array_equal(other.certified_B, together.certified_B)
+        np.testing.assert_allclose(other.scores_Bxk, together.scores_Bxk, rtol=1e-5)
 
 
 def test_one_compilation_serves_many_batches():
@@ -222,11 +223,9 @@ def test_decoder_beams_equal_scoring_every_title():
     titles = list(map(list, dict.fromkeys(map(tuple, random_titles(rng, 50, 20, 6)))))
     prompts, mask = pad_prompts(random_prompts(rng, 5, 20), 9)
     responses, responses_mask = pad_prompts(titles, max(map(len, titles)))
-    every_BxI = np.asarray(
-        response_logps(
-            lm, params, prompts, mask, *(np.broadcast_to(x, (5, *x.shape)) for x in (responses, responses_mask))
-        )
-    )
+    responses, responses_mask = (np.broadcast_to(x, (5, *x.shape)) for x in (responses, responses_mask))
+    score = jax.jit(response_logps, static_argnums=0)
+    every_BxI = np.asarray(score(lm, params, prompts, mask, responses, responses_mask))
     order = np.argsort(-every_BxI, axis=1)[:, :4]
     wide, narrow = (beam_search(lm, params, compile_trie(titles, EOS), prompts, mask, beams=b, k=4) for b in (50, 8))
     assert wide.certified_B.all()
