@@ -143,6 +143,7 @@ def _run(stage: Any, config: ConfigDict, workdir: str | os.PathLike, out: pathli
         files.write_json(pathlib.Path(workdir) / "config.json", manifest["resolved_config"])
         files.write_json(out / MANIFEST, manifest)
         (out / BEGUN).unlink()
+    say(f"{stage.NAME}: done in {time.monotonic() - clock:.0f} s")
 
 
 def _wanted(stage: Any, config: ConfigDict, workdir: str | os.PathLike) -> dict:

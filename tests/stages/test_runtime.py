@@ -59,6 +59,7 @@ def content(folder):
 def test_runs_once_and_then_is_up_to_date(stages, config, tmp_path, capsys):
     run_all(stages, config, tmp_path)
     before = content(tmp_path)
+    assert capsys.readouterr().out.splitlines() == [f"{verb}: done in 0 s" for verb in stages]
     run_all(stages, config, tmp_path)
     assert [stage.runs for stage in stages.values()] == [1, 1, 1]
     assert capsys.readouterr().out.splitlines() == [f"{verb}: up to date" for verb in stages]
@@ -240,6 +241,7 @@ def test_a_workdir_that_cannot_be_made(stages, config, tmp_path):
 def test_other_code_is_said(stages, config, tmp_path, monkeypatch, capsys):
     runtime.execute(stages["prepare"], config, tmp_path)
     made_by = runtime.code_version()
+    capsys.readouterr()
     monkeypatch.setattr(runtime, "code_version", lambda: "9.9.9+new")
     runtime.execute(stages["prepare"], config, tmp_path)
     assert capsys.readouterr().out == f"prepare: up to date (made by other code: {made_by})\n"
@@ -276,7 +278,7 @@ def test_sigkill_in_the_middle_and_then_again(tmp_path, resumable):
     assert runtime.identity(tmp_path / "prepare") is None
     again = process(kill=False)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.strip() == f"found {['begun.json', 'deep'] if resumable else ['begun.json']}"
+    assert again.stdout.splitlines()[0] == f"found {['begun.json', 'deep'] if resumable else ['begun.json']}"
     assert runtime.identity(tmp_path / "prepare")
     assert {p.name for p in (tmp_path / "prepare").iterdir()} == {"deep", "manifest.json"}
     assert process(kill=False).stdout == "prepare: up to date\n"
