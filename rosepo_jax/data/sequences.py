@@ -99,28 +99,21 @@ def build(raw: RawLog, config: Any, seed: int) -> Prepared:
 
     weight_I = np.ones(len(catalogue)) if config.candidate_sampling == "uniform" else catalogue.count_I
     pool = candidates.pool(events.user_E, events.item_E, events.position_E, catalogue.title_group_I, weight_I)
-    dropped: dict[str, dict[str, int]] = {}
-    rows = {}
+    rows, dropped = {}, {}
     for name, role in (("train", TRAIN), ("validation", VALIDATION), ("test", TEST)):
-        found = (
-            _frozen_rows(name, frozen[name], events, user_map, item_map, config)
-            if name in frozen
-            else _windows(events, np.flatnonzero(events.role_E == role), config.history)
-        )
-        found, dropped[name] = _usable(found, name, config, seed)
-        if not len(found):
+        if name in frozen:
+            found = _frozen_rows(name, frozen[name], events, user_map, item_map, config)
+        else:
+            found = _windows(events, np.flatnonzero(events.role_E == role), config.history)
+        rows[name], dropped[name] = _usable(found, name, config, seed)
+        if not len(rows[name]):
             raise UserError(
                 f"split {name} has no rows ({config.split} of {len(events.user_E)} interactions of {len(users)} users, "
                 f"dropped: {dropped[name]}); lower data.min_history or data.core_user, or choose another data.split"
             )
-        rows[name] = found
-    if config.held_out_share > 0:
-        train = rows["train"]
-        share_E = seeds.uniform(seeds.key(seed, "held_out"), train.user_E, train.position_E)
-        rows["held_out"] = train.take(share_E < config.held_out_share)
-        rows["train"] = train.take(share_E >= config.held_out_share)
-    else:
-        rows["held_out"] = rows["train"].take(slice(0))
+    train = rows["train"]
+    held_out_E = seeds.uniform(seeds.key(seed, "held_out"), train.user_E, train.position_E) < config.held_out_share
+    rows["train"], rows["held_out"] = train.take(~held_out_E), train.take(held_out_E)
     rows = {name: _with_candidates(rows[name], pool, config.candidates, seed, name) for name in SPLITS}
 
     summary = {

@@ -1,0 +1,115 @@
+import dataclasses
+import hashlib
+import subprocess
+import sys
+
+import grain
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from rosepo_jax.data import store
+from rosepo_jax.data.sequences import Rows
+from rosepo_jax.errors import UserError
+
+N, C = 3, 5
+
+
+def make_rows(n, seed=0):
+    rng = np.random.default_rng([seed, n])
+    shapes = ((), (), (N,), (), (C,))
+    return Rows(*(rng.integers(-1, 2**31 - 1, (n, *shape)).astype(np.int32) for shape in shapes))
+
+
+def make_splits(seed=0):
+    return {"train": make_rows(70, seed), "held_out": make_rows(0), "validation": make_rows(4), "test": make_rows(9)}
+
+
+def equal(one, two):
+    return all(
+        getattr(one, field.name).dtype == np.int32
+        and np.array_equal(getattr(one, field.name), getattr(two, field.name))
+        for field in dataclasses.fields(Rows)
+    )
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    store.write(tmp_path / "dataset", make_splits(), N, C)
+    return tmp_path / "dataset"
+
+
+def test_read_gives_back_every_split_in_order(dataset):
+    for name, rows in make_splits().items():
+        found = store.read(dataset, name)
+        assert len(found) == len(rows) and equal(found, rows) and equal(rows, found)
+        assert found.history_ExN.shape == (len(rows), N) and found.candidates_ExC.shape == (len(rows), C)
+
+
+def test_source_is_random_access_for_grain(dataset):
+    rows, source = make_splits()["train"], store.source(dataset, "train")
+    assert len(source) == 70
+    for i in (5, 0, 69):
+        assert source[i]["user"] == rows.user_E[i] and source[i]["user"].shape == ()
+        np.testing.assert_array_equal(source[i]["candidates"], rows.candidates_ExC[i])
+    some = source.__getitems__([7, 3])
+    np.testing.assert_array_equal([row["history"] for row in some], rows.history_ExN[[7, 3]])
+    batches = list(grain.MapDataset.source(source).batch(7))
+    np.testing.assert_array_equal(np.concatenate([batch["target"] for batch in batches]), rows.target_E)
+
+
+def test_any_tfds_user_can_read_it(dataset):
+    builder = tfds.builder_from_directory(dataset)
+    rows, source = make_splits()["test"], builder.as_data_source(split="test")
+    assert len(source) == 9 and set(builder.info.splits) == {"train", "validation", "test"}
+    np.testing.assert_array_equal([source[i]["history"] for i in range(9)], rows.history_ExN)
+    np.testing.assert_array_equal([source[i]["position"] for i in range(9)], rows.position_E)
+    assert "tensorflow" not in sys.modules
+
+
+def digest(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_another_process_writes_the_same_bytes(dataset, tmp_path):
+    """protobuf orders the fields of a record by a hash that differs from process to process."""
+    code = (
+        "import sys, numpy as np; from rosepo_jax.data import store; from rosepo_jax.data.sequences import SPLITS;"
+        "store.write(sys.argv[2], {name: store.read(sys.argv[1], name) for name in SPLITS}, 3, 5);"
+        "assert 'tensorflow' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, dataset, tmp_path / "again"], capture_output=True, text=True, check=True
+    )
+    assert digest(dataset) == digest(tmp_path / "again")
+    assert done.stdout == "" and "%|" not in done.stderr  # neither messages nor progress bars of TFDS
+
+
+def test_writing_replaces_the_whole_or_nothing(dataset, tmp_path):
+    before = digest(dataset)
+    broken = make_splits(1)
+    broken["test"] = dataclasses.replace(broken["test"], history_ExN=np.zeros((9, N + 1), np.int32))
+    with pytest.raises(ValueError, match="history"):
+        store.write(dataset, broken, N, C)
+    assert digest(dataset) == before and [path.name for path in tmp_path.iterdir()] == ["dataset"]
+    store.write(dataset, make_splits(1), N, C)
+    assert equal(store.read(dataset, "train"), make_rows(70, 1)) and [p.name for p in tmp_path.iterdir()] == ["dataset"]
+
+
+def test_progress_sees_every_row(tmp_path):
+    seen = []
+
+    def watch(work, name):
+        for number in work:
+            seen.append((name, number))
+            yield number
+
+    store.write(tmp_path / "dataset", {"test": make_rows(3), "train": make_rows(0)}, N, C, watch)
+    assert seen == [("write test", 0), ("write test", 1), ("write test", 2)]
+
+
+def test_missing_data_and_unknown_splits_are_named(dataset, tmp_path):
+    with pytest.raises(UserError, match="run `rosepo prepare` first"):
+        store.read(tmp_path / "nothing", "train")
+    with pytest.raises(UserError, match="unknown split 'dev'; use one of train, held_out, validation, test"):
+        store.source(dataset, "dev")
