@@ -22,8 +22,8 @@ RPO (2405.16436, 2404.19733) is any of these with `nll > 0`; its cumulative form
 The formula of RosePO is reconstructed from the published description: L(u, eps) = softplus(-u) + eps u.
 
 Reference log-probabilities, token counts, eps and masks never receive gradient. Row losses come first and one global
-reduction after them, so that losses which couple the rows of a batch do not depend on micro-batches or devices:
-`row_losses` for every micro-batch, `row_weights` of them all, then the gradient of `sum(row_weights * row_losses)`.
+reduction after them. Under gradient accumulation the loss must be given the log-probabilities of the whole batch, from
+all its micro-batches: dr-dpo couples its rows, and the NLL by tokens and ragged masks have global denominators.
 """
 
 import dataclasses
@@ -134,17 +134,32 @@ def preference_loss(
       real_B: False in padding rows, which must hold finite numbers and change nothing.
 
     Returns:
-      The scalar loss and scalar metrics (names as in TRL): `loss` is without the NLL term, `loss/total` with it.
+      The scalar loss and scalar metrics, means over real rows (names as in TRL). `loss` is without the NLL term,
+      `loss/total` with it. Rewards are beta times the score, of K rejected responses the mean is taken, and
+      `rewards/accuracies` counts the rows whose chosen response beats all of them. Objectives that couple the rows
+      also show the plain mean of their row losses, `loss/row_mean`.
     """
-    losses_BxK = row_losses(objective, logps_BxR, ref_logps_BxR, token_counts_BxR, epsilon)
+    a_BxR = scores(objective, logps_BxR, ref_logps_BxR, token_counts_BxR)
+    u_BxK = margins(objective, a_BxR)
+    epsilon_BxK = _epsilon(objective, epsilon, u_BxK)
+    losses_BxK = link(objective, u_BxK, epsilon_BxK)
     loss = reduce(objective, losses_BxK, real_B)
-    numerator_B, denominator_B = nll_rows(objective, logps_BxR, token_counts_BxR, real_B)
-    nll = jnp.sum(numerator_B) / jnp.maximum(jnp.sum(denominator_B), 1)
+    nll = chosen_nll(objective, logps_BxR, token_counts_BxR, real_B)
     total = loss + objective.nll * nll
-    sums = metric_sums(objective, logps_BxR, ref_logps_BxR, token_counts_BxR, epsilon, real_B)
-    metrics = {"loss": loss, "loss/total": total, "nll": nll, **means(sums)}
+    reward_BxR, sum_BxR = objective.beta * a_BxR, logps_BxR.astype(a_BxR.dtype)
+    rows = {
+        "rewards/chosen": reward_BxR[:, :1],
+        "rewards/rejected": reward_BxR[:, 1:],
+        "rewards/margins": reward_BxR[:, :1] - reward_BxR[:, 1:],
+        "rewards/accuracies": jnp.all(reward_BxR[:, :1] > reward_BxR[:, 1:], axis=1, keepdims=True),
+        "logps/chosen": sum_BxR[:, :1],
+        "logps/rejected": sum_BxR[:, 1:],
+        "epsilon/mean": epsilon_BxK,
+    }
     if objective.reducer != "mean":
-        metrics["loss/row_mean"] = _masked_mean(losses_BxK, real_B)
+        rows["loss/row_mean"] = losses_BxK
+    metrics = {"loss": loss, "loss/total": total, "nll": nll}
+    metrics |= {name: _masked_mean(values.astype(a_BxR.dtype), real_B) for name, values in rows.items()}
     return total, jax.lax.stop_gradient(metrics)
 
 
@@ -195,22 +210,11 @@ def link(objective: Objective, u: jax.Array, epsilon: jax.Array) -> jax.Array:
     raise ValueError(f"link {objective.link!r}")
 
 
-def row_losses(
-    objective: Objective,
-    logps_BxR: jax.Array,
-    ref_logps_BxR: jax.Array,
-    token_counts_BxR: jax.Array,
-    epsilon: jax.Array,
-) -> jax.Array:
-    """The row losses [B, K] with the `pairs` aggregator (each pair is a row), else [B, 1]; arguments as above."""
-    u_BxK = margins(objective, scores(objective, logps_BxR, ref_logps_BxR, token_counts_BxR))
-    return link(objective, u_BxK, _epsilon(objective, epsilon, u_BxK))
-
-
 def reduce(objective: Objective, losses_BxK: jax.Array, real_B: jax.Array) -> jax.Array:
-    """The loss of a whole batch from the row losses of all its micro-batches, concatenated along B.
+    """The loss of a whole batch from its row losses.
 
-    mean: sum over real rows / their number. log_mean_exp (Dr.DPO): -beta' log mean_i exp(-l_i / beta').
+    mean: sum over real rows / their number. log_mean_exp (Dr.DPO): -beta' log mean_i exp(-l_i / beta'), so that the
+    row weights are softmax(-l / beta'): rows of high loss, suspected flips, count less.
     """
     if objective.reducer == "mean":
         return _masked_mean(losses_BxK, real_B)
@@ -220,67 +224,19 @@ def reduce(objective: Objective, losses_BxK: jax.Array, real_B: jax.Array) -> ja
     return -objective.beta_prime * (jax.nn.logsumexp(exponent_BxK) - jnp.log(count))
 
 
-def row_weights(objective: Objective, losses_BxK: jax.Array, real_B: jax.Array) -> jax.Array:
-    """d reduce / d row loss, [B, K]: the constants by which micro-batches weight their row losses.
+def chosen_nll(objective: Objective, logps_BxR: jax.Array, token_counts_BxR: jax.Array, real_B: jax.Array) -> jax.Array:
+    """Negative log-likelihood of the chosen responses, nats.
 
-    Real rows' weights sum to 1, padding has weight 0. With the `mean` reducer they do not depend on `losses_BxK`, so a
-    single pass over the micro-batches is enough.
-    """
-    return jax.grad(reduce, argnums=1)(objective, jax.lax.stop_gradient(losses_BxK), real_B)
-
-
-def nll_rows(
-    objective: Objective, logps_BxR: jax.Array, token_counts_BxR: jax.Array, real_B: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Numerators [B] and denominators [B] of the chosen responses' NLL: sum(numerators) / sum(denominators).
-
-    sum: mean over rows of a response's summed NLL; sequence: mean over rows of its mean over tokens;
-    token: mean over all tokens of all rows. Both parts add up over micro-batches.
+    sum: mean over rows of a response's summed NLL; sequence: mean over rows of its mean over tokens; token: mean over
+    all tokens of all rows.
     """
     nll_B = -logps_BxR[:, 0].astype(jnp.promote_types(logps_BxR.dtype, jnp.float32))
-    tokens_B = token_counts_BxR[:, 0].astype(nll_B.dtype)
-    real_B = real_B.astype(bool)
+    tokens_B = jax.lax.stop_gradient(token_counts_BxR[:, 0]).astype(nll_B.dtype)
     if objective.nll_reduction == "sequence":
         nll_B = nll_B / jnp.maximum(tokens_B, 1)
-    denominator_B = tokens_B if objective.nll_reduction == "token" else jnp.ones_like(nll_B)
-    return jnp.where(real_B, nll_B, 0), jnp.where(real_B, denominator_B, 0)
-
-
-def metric_sums(
-    objective: Objective,
-    logps_BxR: jax.Array,
-    ref_logps_BxR: jax.Array,
-    token_counts_BxR: jax.Array,
-    epsilon: jax.Array,
-    real_B: jax.Array,
-) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Metrics as (sum over real rows, number of real rows): add both over micro-batches, then take `means`.
-
-    Rewards are beta times the score; of K rejected responses the mean is taken, and accuracy means that the chosen
-    response beats all of them.
-    """
-    dtype = jnp.promote_types(logps_BxR.dtype, jnp.float32)
-    reward_BxR = objective.beta * scores(objective, logps_BxR, ref_logps_BxR, token_counts_BxR)
-    chosen_B, rejected_BxK = reward_BxR[:, 0], reward_BxR[:, 1:]
-    rejected_B = jnp.mean(rejected_BxK, axis=1)
-    epsilon_BxK = _epsilon(objective, epsilon, margins(objective, reward_BxR))
-    values = {
-        "rewards/chosen": chosen_B,
-        "rewards/rejected": rejected_B,
-        "rewards/margins": chosen_B - rejected_B,
-        "rewards/accuracies": (chosen_B > jnp.max(rejected_BxK, axis=1)).astype(dtype),
-        "logps/chosen": logps_BxR[:, 0].astype(dtype),
-        "logps/rejected": jnp.mean(logps_BxR[:, 1:].astype(dtype), axis=1),
-        "epsilon/mean": jnp.mean(epsilon_BxK, axis=1),
-    }
+    weight_B = tokens_B if objective.nll_reduction == "token" else jnp.ones_like(nll_B)
     real_B = real_B.astype(bool)
-    count = jnp.sum(real_B, dtype=dtype)
-    return jax.lax.stop_gradient({name: (jnp.sum(jnp.where(real_B, v, 0)), count) for name, v in values.items()})
-
-
-def means(sums: dict[str, tuple[jax.Array, jax.Array]]) -> dict[str, jax.Array]:
-    """Scalars from `metric_sums`."""
-    return {name: total / jnp.maximum(count, 1) for name, (total, count) in sums.items()}
+    return jnp.sum(jnp.where(real_B, nll_B, 0)) / jnp.maximum(jnp.sum(jnp.where(real_B, weight_B, 0)), 1)
 
 
 def _masked_mean(losses_BxK: jax.Array, real_B: jax.Array) -> jax.Array:

@@ -21,12 +21,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
-from scipy import optimize
+from scipy import optimize, special
 
 from rosepo_jax import seeds
 from rosepo_jax.errors import UserError
-from rosepo_jax.preference.objectives import SMOOTHING_MODES, choose, smoothing_mode
+from rosepo_jax.preference.objectives import SMOOTHING_MODES, choose
 
 TEMPERATURES = (1e-2, 1e2)  # the range of fitted temperatures, in units of the oracle's scores
 
@@ -56,19 +55,6 @@ class Smoothing:
     @property
     def needs_oracle(self) -> bool:
         return self.mode in ("oracle", "shuffled")
-
-
-def smoothing(align: ConfigDict, fitted_temperature: float | None) -> Smoothing:
-    """The smoothing that the configuration section `align` asks for and its objective takes.
-
-    `fitted_temperature` is the oracle's own, for `align.smoothing.temperature = 0`; None where there is no oracle.
-    """
-    return Smoothing(
-        mode=smoothing_mode(align),
-        temperature=float(align.smoothing.temperature or fitted_temperature or 1.0),
-        cap=float(align.smoothing.cap),
-        value=float(align.smoothing.value),
-    )
 
 
 def pair_epsilon(smoothing: Smoothing, scores_BxR: jax.Array) -> jax.Array:
@@ -144,7 +130,7 @@ def fit_temperature(chosen: np.ndarray, rejected: np.ndarray) -> float:
         return 1.0
 
     def slope(inverse: float) -> float:
-        return -float(np.mean(gap * _sigmoid(-gap * inverse)))
+        return -float(np.mean(gap * special.expit(-gap * inverse)))
 
     lowest, highest = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
     if slope(lowest) >= 0:
@@ -152,20 +138,3 @@ def fit_temperature(chosen: np.ndarray, rejected: np.ndarray) -> float:
     if slope(highest) <= 0:
         return TEMPERATURES[0]
     return float(1 / optimize.brentq(slope, lowest, highest, xtol=1e-12, rtol=1e-10))
-
-
-def calibration_error(chosen: np.ndarray, rejected: np.ndarray, temperature: float, bins: int = 15) -> float:
-    """Expected calibration error of the oracle's pairwise probabilities (Guo et al., arXiv 1706.04599).
-
-    Each pair's prediction is the item with the higher score, its confidence sigma(|gap| / tau) in [1/2, 1]; the mean
-    over equal-width bins, weighted by their pairs, of |accuracy - confidence|. Ties count as half right.
-    """
-    gap = (np.asarray(chosen, np.float64) - np.asarray(rejected, np.float64)).ravel()
-    confidence = _sigmoid(np.abs(gap) / temperature)
-    correct = np.where(gap == 0, 0.5, gap > 0)
-    bin_of = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    return float(np.abs(np.bincount(bin_of, correct - confidence, bins)).sum() / gap.size)
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 * (1 + np.tanh(0.5 * x))  # no overflow at either end
