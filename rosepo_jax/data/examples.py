@@ -1,14 +1,15 @@
-"""Rows and texts as model inputs: the one place where histories and responses become padded id arrays.
-
-Lengths are padded to few sizes, so that few programs are compiled: prompts to a multiple of 16, responses to one of 4.
-"""
+"""Rows and texts as model inputs: the one place where histories and responses become padded id arrays."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from rosepo_jax.data.catalogue import Catalogue
-from rosepo_jax.data.prompts import Encoder, pad, round_up
+from rosepo_jax.data.prompts import Encoder, pad
+
+# Widths that batches are padded to: few, so that few programs are compiled, and close enough to waste little.
+PROMPT_WIDTHS = [8 * step for k in range(12) for step in (2 * 2**k, 3 * 2**k)]  # 16 24 32 48 64 96 ...
+RESPONSE_WIDTHS = [2**k for k in range(1, 12)]
 
 
 class TitleTable:
@@ -21,11 +22,16 @@ class TitleTable:
 
     def take(self, items_BxR: np.ndarray) -> dict[str, np.ndarray]:
         """response_BxRxT and response_mask_BxRxT of catalogue items, cut to the longest title among them."""
-        length = min(round_up(int(self.length_I[items_BxR].max()), 4), self.tokens_IxT.shape[1])
+        length = width(int(self.length_I[items_BxR].max()), RESPONSE_WIDTHS, self.tokens_IxT.shape[1])
         return {
             "response_BxRxT": self.tokens_IxT[items_BxR, :length],
             "response_mask_BxRxT": self.mask_IxT[items_BxR, :length],
         }
+
+
+def width(longest: int, widths: Sequence[int], limit: int) -> int:
+    """The smallest of `widths` that holds `longest`, at most `limit` (which `longest` never exceeds)."""
+    return min(next((w for w in widths if w >= longest), limit), limit)
 
 
 def titles_of(catalogue: Catalogue, items_BxN: np.ndarray) -> list[list[str]]:
@@ -41,7 +47,7 @@ def prompt_texts(encoder: Encoder, catalogue: Catalogue, history_BxN, candidates
 def prompts(encoder: Encoder, texts: Sequence[str]) -> dict[str, np.ndarray]:
     """prompt_BxP and prompt_mask_BxP of rendered prompts."""
     ids = encoder.prompt_ids(texts)
-    length = min(round_up(max(map(len, ids)), 16), encoder.prompt_length)
+    length = width(max(map(len, ids)), PROMPT_WIDTHS, encoder.prompt_length)
     tokens_BxP, mask_BxP = pad(ids, length, encoder.pad)
     return {"prompt_BxP": tokens_BxP, "prompt_mask_BxP": mask_BxP}
 
@@ -50,7 +56,8 @@ def responses(encoder: Encoder, texts_BxR: Sequence[Sequence[str]]) -> dict[str,
     """response_BxRxT and response_mask_BxRxT of response texts; every row has the same number R."""
     R = len(texts_BxR[0])
     ids = encoder.response_ids([text for row in texts_BxR for text in row])
-    tokens, mask = pad(ids, min(round_up(max(map(len, ids)), 4), encoder.response_length), encoder.pad)
+    length = width(max(map(len, ids)), RESPONSE_WIDTHS, encoder.response_length)
+    tokens, mask = pad(ids, length, encoder.pad)
     return {
         "response_BxRxT": tokens.reshape(len(texts_BxR), R, -1),
         "response_mask_BxRxT": mask.reshape(len(texts_BxR), R, -1),

@@ -176,6 +176,3 @@ def pad(rows: Sequence[Sequence[int]], length: int, value: int) -> tuple[np.ndar
         mask[index, : len(row)] = True
     return tokens, mask
 
-
-def round_up(length: int, multiple: int = 8) -> int:
-    return -(-length // multiple) * multiple

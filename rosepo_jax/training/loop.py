@@ -58,7 +58,7 @@ def train(
     meta: dict[str, Any] = {"step": 0, "best": None, "stale": 0}
     if (found := checkpoints.restore(state)) is not None:
         state, meta = found
-    writer = MetricWriter(out, tensorboard=config.log.tensorboard, resume_step=meta["step"])
+    writer = MetricWriter(out, tensorboard=config.log.tensorboard, resume_step=meta["step"] if found else -1)
 
     # ---- Step: the state is donated, the frozen parameters never ---------------------------------------------------
     step = jax.jit(
