@@ -180,14 +180,14 @@ def summarise(setting: Setting, answers: Mapping[str, Answers], embedding_IxD: n
     return cells, by_row
 
 
-def predictions(setting: Setting, answer: Answers, users: list[str]) -> Iterable[dict]:
+def predictions(setting: Setting, answer: Answers) -> Iterable[dict]:
     rows = setting.rows
     for e in range(len(rows)):
         ranked = answer.ranked_ExK[e]
         kept = ranked >= 0
         row = {
             "row": e,
-            "user": users[rows.user_E[e]],
+            "user": int(rows.user_E[e]),
             "position": int(rows.position_E[e]),
             "target": int(rows.target_E[e]),
             "history": rows.history_ExN[e][rows.history_ExN[e] >= 0].tolist(),

@@ -51,7 +51,6 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
     embedding_IxD = rank.title_embeddings(models["sft"], titles)
     setting = protocols.Setting(config, catalogue, titles, data["test"], inputs["prepare"])
     floors = protocols.floors(config, catalogue, data, inputs["oracle"])
-    users = files.read_json(inputs["prepare"] / "users.json")
     results: dict = {"protocols": {}, "comparisons": []}
     by_row: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     truth = protocols.Truth.load(inputs["prepare"])
@@ -62,7 +61,7 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
         results["protocols"][name] = {"hash": setting.hash(name), "n": len(setting.rows), "models": cells}
         for model, answer in answers.items():
             path = out / "predictions" / f"{name}.{model}.jsonl"
-            files.write_jsonl(path, protocols.predictions(setting, answer, users))
+            files.write_jsonl(path, protocols.predictions(setting, answer))
         if name == "candidates" and truth is not None:
             results["truth"] = truth.figures(setting, answers, pairs.read(inputs["pairs"] / "pairs.parquet"))
     results["comparisons"] = compare(config, by_row, data["test"].user_E, results.get("truth"))
