@@ -72,8 +72,8 @@ def fit(
         dropout=settings.dropout,
     )
     size = min(settings.batch_size, len(train))
-    total = optimizer.steps(settings.length, "oracle.length", batch_size=size, rows=len(train))
     per_epoch = math.ceil(len(train) / size)
+    total = optimizer.steps(settings.length, "oracle.length", batch_size=size, rows=per_epoch * size)
     transformation = optax.adamw(
         settings.learning_rate,
         b2=0.98,
