@@ -122,6 +122,23 @@ def default() -> ConfigDict:
     return c
 
 
+def smoke(c: ConfigDict) -> ConfigDict:
+    """Shrinks `c`, in place, to a run of seconds that exercises every stage and measures nothing: `NAME.py:smoke`."""
+    c.data.max_validation = c.data.max_test = 48
+    c.data.world.users, c.data.world.titles, c.data.world.series = 200, 60, 15
+    c.model.vocabulary = 512
+    c.model.width, c.model.layers, c.model.heads, c.model.kv_heads, c.model.mlp_width = 32, 2, 4, 2, 64
+    c.model.prompt_length, c.model.response_length = 512, 128  # a small vocabulary needs many tokens a title
+    c.oracle.width, c.oracle.length = 32, "20 steps"
+    c.sft.batch_size, c.sft.length, c.sft.validate = 16, "20 steps", "50 %"
+    c.align.batch_size, c.align.length, c.align.validate = 16, "8 steps", "50 %"
+    c.pairs.max_rows = 64
+    c.evaluate.bootstrap, c.evaluate.max_generate = 100, 8
+    c.checkpoint.every = "25 %"
+    c.log.every = 1
+    return c
+
+
 def _training(*, learning_rate: float, length: str, batch_size: int) -> ConfigDict:
     """The keys that SFT and alignment share."""
     return ConfigDict(
