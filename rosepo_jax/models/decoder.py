@@ -197,7 +197,7 @@ class LanguageModel:
         return Decoder(self.config, self.lora, jnp.dtype(self.param_dtype), nnx.Rngs(params=key))
 
     def _module(self, params: Params) -> Decoder:
-        return nnx.merge(self._graph, nnx.State.from_flat_path({tuple(p.split("/")): v for p, v in params.items()}))
+        return nnx.merge(self._graph, nnx.from_flat_state([(tuple(p.split("/")), v) for p, v in params.items()]))
 
     def init(self, key: jax.Array) -> dict[str, jax.Array]:
         """New parameters: normal with standard deviation 1/sqrt(fan in), adapters at zero effect."""
@@ -238,7 +238,7 @@ class LanguageModel:
         x, _ = module.layers(x, angle, attend, None, self.remat)
         last_BxD = jnp.take_along_axis(x[:, :P], (length_B - 1)[:, None, None], axis=1)[:, 0]
         first = jnp.broadcast_to(last_BxD[:, None, None], (B, R, 1, x.shape[-1]))
-        return module.norm(jnp.concatenate([first, x[:, P:].reshape(B, R, S, -1)], axis=2))
+        return module.norm(jnp.concatenate([first, x[:, P:].reshape(B, R, S, x.shape[-1])], axis=2))
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Vocabulary logits in float32 for hidden states of `hidden` or `prompt_states`."""

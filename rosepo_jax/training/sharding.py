@@ -42,7 +42,9 @@ def make_mesh(config: ConfigDict) -> Mesh:
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(devices // known, 1)
     if math.prod(sizes) != devices:
-        raise UserError(f"mesh: replica x fsdp x tensor = {' x '.join(map(str, sizes))}, but {devices} devices are here")
+        raise UserError(
+            f"mesh: replica x fsdp x tensor = {' x '.join(map(str, sizes))}, but there are {devices} devices"
+        )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

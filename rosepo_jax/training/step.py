@@ -32,7 +32,7 @@ class Task:
     """What SFT and alignment differ in.
 
     forward(trainable, frozen, batch) -> logps_BxR: differentiated.
-    constants(frozen, batch) -> pytree of arrays with leading axis B: reference log-probs, smoothing; never differentiated.
+    constants(frozen, batch) -> pytree of [B, ...] arrays (reference log-probs, smoothing), never differentiated.
     loss(logps_BxR, constants, batch) -> (scalar, metrics): over the whole batch.
     coupled: whether the loss gradient of one row depends on the log-probs of others.
     """
@@ -70,13 +70,13 @@ def gradients(task: Task, trainable, frozen, batch: Batch, accumulate: int):
 
     micros = jax.tree.map(split, dict(batch))
     constants = jax.lax.stop_gradient(jax.tree.map(join, jax.lax.map(lambda m: task.constants(frozen, m), micros)))
-    logps_AxB = jax.lax.map(lambda m: task.forward(trainable, frozen, m), micros) if task.coupled else None
+    ahead_AxB = jax.lax.map(lambda m: task.forward(trainable, frozen, m), micros) if task.coupled else None
 
     def backward(total, indexed):
         index, micro = indexed
         logps, pull = jax.vjp(lambda p: task.forward(p, frozen, micro), trainable)
         # Rows of an uncoupled loss do not see each other, so the other micro-batches' entries do not matter.
-        known = logps_AxB if task.coupled else jnp.broadcast_to(logps[None], (accumulate, *logps.shape))
+        known = jnp.broadcast_to(logps[None], (accumulate, *logps.shape)) if ahead_AxB is None else ahead_AxB
         _, cotangent = loss_and_cotangent(join(known.at[index].set(logps)), constants)
         return jax.tree.map(jnp.add, total, pull(split(cotangent)[index])[0]), logps
 

@@ -1,0 +1,317 @@
+"""The decoder against a naive float64 forward of one sequence per response, and its invariances."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rosepo_jax.models import decoder
+from rosepo_jax.models.decoder import DecoderConfig, LanguageModel
+from rosepo_jax.preference.logprobs import response_logps
+
+CONFIG = DecoderConfig(vocabulary=29, width=16, layers=2, heads=4, kv_heads=2, head_dim=6, mlp_width=24)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 40,
+}
+LINEAR = {"rope_type": "linear", "factor": 3.0}
+VARIANTS = {
+    "grouped": CONFIG,
+    "one_kv_head": dataclasses.replace(CONFIG, kv_heads=1),
+    "all_kv_heads_untied": dataclasses.replace(CONFIG, kv_heads=4, tie_embeddings=False),
+    "linear_rope": dataclasses.replace(CONFIG, rope_scaling=tuple(sorted(LINEAR.items()))),
+    "llama3_rope": dataclasses.replace(CONFIG, rope_scaling=tuple(sorted(LLAMA3.items())), rope_theta=50.0),
+}
+
+
+logps = jax.jit(response_logps, static_argnums=0)
+
+
+def random_params(config, seed=0, **kinds):
+    """Scales away from 1 and kernels large enough that attention is far from uniform."""
+    generator = np.random.default_rng(seed)
+    shapes = jax.eval_shape(LanguageModel(config, **kinds).init, jax.random.key(0))
+    return {
+        path: jnp.asarray(generator.normal(size=s.shape) * 0.5 + ("norm" in path), s.dtype)
+        for path, s in shapes.items()
+    }
+
+
+# ---- The naive forward: one unpadded sequence, one position and one head at a time, float64 ------------------------
+
+
+def naive_frequencies(config):
+    frequency = config.rope_theta ** -(np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
+    scaling = dict(config.rope_scaling or ())
+    kind = scaling.get("rope_type", "default")
+    if kind == "linear":
+        return frequency / scaling["factor"]
+    if kind == "llama3":
+        original = scaling["original_max_position_embeddings"]
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        scaled = []
+        for f in frequency:
+            wavelength = 2 * math.pi / f
+            if wavelength < original / high:
+                scaled.append(f)
+            elif wavelength > original / low:
+                scaled.append(f / scaling["factor"])
+            else:
+                smooth = (original / wavelength - low) / (high - low)
+                scaled.append((1 - smooth) * f / scaling["factor"] + smooth * f)
+        return np.array(scaled)
+    return frequency
+
+
+def naive_logits(config, params, tokens):
+    """Logits [S, V] after every token of one sequence."""
+    p = {path: np.asarray(value, np.float64) for path, value in params.items()}
+    E, group = config.head_dim, config.heads // config.kv_heads
+    frequency = naive_frequencies(config)
+
+    def norm(x, scale):
+        return x / np.sqrt((x * x).mean() + config.norm_epsilon) * scale
+
+    def rotated(x, position):
+        pairs = (x[: E // 2] + 1j * x[E // 2 :]) * np.exp(1j * position * frequency)
+        return np.concatenate([pairs.real, pairs.imag])
+
+    states = [p["embedding"][token] for token in tokens]
+    for layer in range(config.layers):
+        w = {path.removeprefix("blocks/"): v[layer] for path, v in p.items() if path.startswith("blocks/")}
+        normed = [norm(x, w["attention_norm/scale"]) for x in states]
+        query, key, value = ([x @ w[f"attention/{n}/kernel"] for x in normed] for n in ("query", "key", "value"))
+        after = []
+        for s, x in enumerate(states):
+            heads = []
+            for h in range(config.heads):
+                k = h // group
+                q_head = rotated(query[s][h * E : (h + 1) * E], s)
+                k_heads = np.array([rotated(key[u][k * E : (k + 1) * E], u) for u in range(s + 1)])
+                v_heads = np.array([value[u][k * E : (k + 1) * E] for u in range(s + 1)])
+                score = k_heads @ q_head / math.sqrt(E)
+                weight = np.exp(score - score.max())
+                heads.append(weight / weight.sum() @ v_heads)
+            x = x + np.concatenate(heads) @ w["attention/output/kernel"]
+            y = norm(x, w["mlp_norm/scale"])
+            gate = y @ w["mlp/gate/kernel"]
+            after.append(x + (gate / (1 + np.exp(-gate)) * (y @ w["mlp/up/kernel"])) @ w["mlp/down/kernel"])
+        states = after
+    head = p["embedding"].T if config.tie_embeddings else p["head/kernel"]
+    return np.array([norm(x, p["norm/scale"]) for x in states]) @ head
+
+
+def naive_logp(config, params, prompt, response):
+    logits = naive_logits(config, params, [*prompt, *response])[len(prompt) - 1 : -1]
+    largest = logits.max(axis=1)
+    normaliser = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1))
+    return (logits[np.arange(len(response)), response] - normaliser).sum()
+
+
+def naive_logps(config, params, prompts, responses):
+    return np.array([[naive_logp(config, params, p, r) for r in row] for p, row in zip(prompts, responses)])
+
+
+# ---- Batches of ragged prompts and responses ------------------------------------------------------------------------
+
+
+def ragged(seed=0, prompt_lengths=(5, 1), response_lengths=((3, 1, 4), (2, 4, 1)), vocabulary=CONFIG.vocabulary):
+    """Token lists; the responses of a row all differ in content."""
+    generator = np.random.default_rng(seed)
+    prompts = [generator.integers(0, vocabulary, n).tolist() for n in prompt_lengths]
+    return prompts, [[generator.integers(0, vocabulary, n).tolist() for n in row] for row in response_lengths]
+
+
+def padded(prompts, responses, extra_prompt=0, extra_response=0, pad=0):
+    """prompt_BxP, prompt_mask_BxP, response_BxRxT, response_mask_BxRxT."""
+
+    def fill(rows, width):
+        tokens = np.full((len(rows), width), pad, np.int32)
+        mask = np.zeros((len(rows), width), bool)
+        for index, row in enumerate(rows):
+            tokens[index, : len(row)], mask[index, : len(row)] = row, True
+        return tokens, mask
+
+    flat = [response for row in responses for response in row]
+    prompt = fill(prompts, max(map(len, prompts)) + extra_prompt)
+    tokens, mask = fill(flat, max(map(len, flat)) + extra_response)
+    shape = (len(responses), len(responses[0]), -1)
+    return *prompt, tokens.reshape(shape), mask.reshape(shape)
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_shared_prefix_equals_one_float64_sequence_per_response(config):
+    prompts, responses = ragged()
+    params = random_params(config)
+    logps_BxR = logps(LanguageModel(config), params, *padded(prompts, responses, extra_prompt=2))
+    np.testing.assert_allclose(logps_BxR, naive_logps(config, params, prompts, responses), rtol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradient_equals_one_sequence_per_response(tied):
+    """The same model, prompt repeated before every response and no sharing: log-probs and gradients agree."""
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied)
+    lm, params = LanguageModel(config), random_params(config)
+    prompts, responses = ragged()
+    weight_BxR = np.array([[1.0, -0.7, 0.3], [-0.2, 0.9, 0.5]], np.float32)
+
+    def shared(params):
+        return (weight_BxR * response_logps(lm, params, *padded(prompts, responses, 1, 1))).sum()
+
+    def apart(params):
+        alone = [(prompt, [response]) for prompt, row in zip(prompts, responses) for response in row]
+        return (weight_BxR.reshape(-1, 1) * response_logps(lm, params, *padded(*zip(*alone)))).sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(shared))(params)
+    expected_value, expected = jax.jit(jax.value_and_grad(apart))(params)
+    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+    for path, want in expected.items():
+        error = np.linalg.norm(gradient[path] - want) / np.linalg.norm(want)
+        assert error < 1e-5, (path, error)
+
+
+def test_gradient_equals_central_differences_of_the_float64_forward():
+    """d/ds of the naive preference loss along random directions, which no float32 step size could resolve."""
+    prompts, responses = ragged()
+    params = random_params(CONFIG)
+    reference_BxR = naive_logps(CONFIG, params, prompts, responses) + np.array([[0.3, -0.5, 0.9], [-1.1, 0.2, 0.4]])
+    epsilon, beta = 0.2, 0.7
+
+    def naive_loss(params):
+        a_BxR = naive_logps(CONFIG, params, prompts, responses) - reference_BxR
+        u_BxK = beta * (a_BxR[:, :1] - a_BxR[:, 1:])
+        return (np.log1p(np.exp(-u_BxK)) + epsilon * u_BxK).mean()
+
+    def loss(params):
+        logps_BxR = response_logps(LanguageModel(CONFIG), params, *padded(prompts, responses))
+        a_BxR = logps_BxR - reference_BxR.astype(np.float32)
+        u_BxK = beta * (a_BxR[:, :1] - a_BxR[:, 1:])
+        return (jax.nn.softplus(-u_BxK) + epsilon * u_BxK).mean()
+
+    gradient = jax.jit(jax.grad(loss))(params)
+    generator = np.random.default_rng(1)
+    for path in params:
+        direction = generator.normal(size=params[path].shape)
+        value = np.asarray(params[path], np.float64)
+        up, down = (naive_loss({**params, path: value + step * direction}) for step in (1e-5, -1e-5))
+        np.testing.assert_allclose((gradient[path] * direction).sum(), (up - down) / 2e-5, rtol=1e-4, atol=1e-5)
+
+
+def test_llama3_scaling_uses_its_three_bands():
+    """The variant above is a test only if some wavelengths are kept, some stretched and some in between."""
+    config = VARIANTS["llama3_rope"]
+    plain = naive_frequencies(dataclasses.replace(config, rope_scaling=None))
+    ratio = naive_frequencies(config) / plain
+    assert ratio.max() == 1.0 and ratio.min() == 1 / LLAMA3["factor"]
+    assert np.any((ratio < 1) & (ratio > 1 / LLAMA3["factor"]))
+    np.testing.assert_allclose(decoder.rope_frequencies(config), naive_frequencies(config), rtol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from([0, 3]), st.sampled_from([0, 4]), st.integers(0, CONFIG.vocabulary - 1))
+def test_any_padding_gives_the_same_logps(extra_prompt, extra_response, pad):
+    prompts, responses = ragged()
+    logps_BxR = logps(LanguageModel(CONFIG), PARAMS, *padded(prompts, responses, extra_prompt, extra_response, pad))
+    np.testing.assert_allclose(logps_BxR, EXPECTED, rtol=1e-5)
+
+
+PARAMS = random_params(CONFIG)
+EXPECTED = naive_logps(CONFIG, PARAMS, *ragged())
+
+
+def test_padding_has_no_gradient_and_leaks_no_nan():
+    """A NaN in the embedding of the pad id would reach every gradient if padding were used anywhere."""
+    prompts, responses = ragged(vocabulary=CONFIG.vocabulary - 1)
+    pad = CONFIG.vocabulary - 1
+    config = dataclasses.replace(CONFIG, tie_embeddings=False)
+    params = random_params(config)
+    batch = padded(prompts, responses, 3, 2, pad)
+    gradient = jax.jit(jax.grad(lambda p: response_logps(LanguageModel(config), p, *batch).sum()))(params)
+    assert all(np.isfinite(value).all() for value in gradient.values())
+    assert not np.any(gradient["embedding"][pad])
+    assert np.any(gradient["embedding"][prompts[1][0]])
+
+
+def test_one_response_token_each():
+    prompts, responses = ragged(response_lengths=((1, 1), (1, 1)))
+    batch = padded(prompts, responses)
+    logps_BxR = logps(LanguageModel(CONFIG), PARAMS, *batch)
+    np.testing.assert_allclose(logps_BxR, naive_logps(CONFIG, PARAMS, prompts, responses), rtol=1e-5)
+    gradient = jax.jit(jax.grad(lambda p: response_logps(LanguageModel(CONFIG), p, *batch).sum()))(PARAMS)
+    assert all(np.isfinite(value).all() for value in gradient.values())
+
+
+@pytest.mark.parametrize("config", [VARIANTS["llama3_rope"], VARIANTS["all_kv_heads_untied"]])
+def test_prefill_and_extend_equal_the_scoring_forward(config):
+    """Decoding token by token gives the logits of `hidden`, whatever lies in the cache behind the current depth."""
+    lm, params = LanguageModel(config), random_params(config)
+    prompts, responses = ragged(response_lengths=((5, 5, 5), (5, 5, 5)))
+    prompt, mask, response, _ = padded(prompts, responses, extra_prompt=2)
+    B, W, T = response.shape
+    expected = jax.jit(lambda p: lm.logits(p, lm.hidden(p, prompt, mask, response)))(params)
+    first, cache = jax.jit(lm.prefill)(params, prompt, mask)
+    np.testing.assert_allclose(first, expected[:, 0, 0], rtol=1e-4, atol=1e-4)
+    suffix = jax.tree.map(lambda x: x + 7.0, lm.empty_suffix(B, W, T))
+    assert all(leaf.shape[:4] == (config.layers, B, W, T) for leaf in jax.tree.leaves(suffix))
+    extend = jax.jit(lm.extend)
+    for depth in range(T - 1):
+        logits, suffix = extend(params, cache, suffix, response[:, :, depth], depth)
+        np.testing.assert_allclose(logits, expected[:, :, depth + 1], rtol=1e-4, atol=1e-4)
+
+
+def test_remat_changes_no_number():
+    batch = padded(*ragged())
+
+    def loss(remat):
+        lm = LanguageModel(CONFIG, remat=remat)
+        return jax.jit(jax.value_and_grad(lambda p: response_logps(lm, p, *batch).sum()))(PARAMS)
+
+    expected_value, expected = loss("none")
+    for remat in ("full", "dots"):
+        value, gradient = loss(remat)
+        np.testing.assert_allclose(value, expected_value, rtol=1e-6)
+        for path in expected:
+            np.testing.assert_allclose(gradient[path], expected[path], rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_computes_near_float32_and_keeps_logps_in_float32():
+    batch = padded(*ragged())
+    half = LanguageModel(CONFIG, dtype="bfloat16")
+    params = half.init(jax.random.key(3))
+    hidden = jax.eval_shape(half.hidden, params, *batch[:3])
+    logps_BxR = logps(half, params, *batch)
+    assert hidden.dtype == jnp.bfloat16 and logps_BxR.dtype == jnp.float32
+    np.testing.assert_allclose(logps_BxR, logps(LanguageModel(CONFIG), params, *batch), rtol=0.02, atol=0.1)
+
+
+def test_parameter_dtype_and_determinism_of_init():
+    lm = LanguageModel(CONFIG, param_dtype="bfloat16")
+    one, two, other = (lm.init(jax.random.key(seed)) for seed in (1, 1, 2))
+    assert {value.dtype for value in one.values()} == {jnp.dtype("bfloat16")}
+    assert all(np.array_equal(one[path], two[path]) for path in one)
+    assert not np.array_equal(one["embedding"], other["embedding"])
+    assert not np.array_equal(one["blocks/mlp/up/kernel"][0], one["blocks/mlp/up/kernel"][1])
+
+
+def test_prompt_states_are_the_mean_over_real_tokens():
+    prompts, _ = ragged(prompt_lengths=(5, 1, 3))
+    tokens, mask, *_ = padded(prompts, [[[1]]] * 3, extra_prompt=2, pad=4)
+    lm = LanguageModel(CONFIG)
+    states = jax.jit(lm.prompt_states)
+    states_BxD = states(PARAMS, tokens, mask)
+    assert states_BxD.shape == (3, CONFIG.width) and states_BxD.dtype == jnp.float32
+    for prompt, state in zip(prompts, states_BxD):
+        alone = states(PARAMS, np.array([prompt], np.int32), np.ones((1, len(prompt)), bool))[0]
+        np.testing.assert_allclose(state, alone, rtol=1e-5, atol=1e-5)
+    # Of a prompt of one token the mean is its state, from which `prefill` predicts.
+    np.testing.assert_allclose(
+        lm.logits(PARAMS, states_BxD[1]), jax.jit(lm.prefill)(PARAMS, tokens, mask)[0][1], rtol=1e-4, atol=1e-4
+    )
