@@ -2,10 +2,10 @@
 
     rosepo run --config=configs/lastfm.py --workdir=runs/lastfm --config.data.path=DIR
 
-DIR holds sessions.tsv, val.jsonl, test.jsonl and id2name.txt of LLaRA's LastFM. The published lists of 20 candidates are
-not stored anywhere, so ours are drawn afresh: n = 122, one hit is .008, intervals are about +-.09, and figures compare
-with published ones only loosely. Floors on such lists: popularity .06, co-occurrence .19; the reading order of ids leaks
-co-occurrence, so nothing here looks at them. `:smoke` ends in seconds and measures nothing.
+DIR holds sessions.tsv, val.jsonl, test.jsonl and id2name.txt of LLaRA's LastFM. The published lists of 20 candidates
+are stored nowhere, so ours are drawn afresh: n = 122, one hit is .008, intervals are about +-.09, and figures compare
+only loosely with published ones. Floors on such lists: popularity .06, co-occurrence .19. `:smoke` ends in seconds and
+measures nothing.
 """
 
 from ml_collections import ConfigDict

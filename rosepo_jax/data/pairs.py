@@ -1,4 +1,4 @@
-"""Preference pairs at rest: one row per prompt with its chosen and K rejected responses, as Parquet, and as TRL reads them."""
+"""Preference pairs at rest: one prompt a row with its chosen and K rejected responses; Parquet, and what TRL reads."""
 
 import dataclasses
 import io
@@ -97,25 +97,18 @@ def import_rows(path: pathlib.Path) -> Pairs:
     """
     if not path.is_file():
         raise UserError(f"pairs.path={path}: no such file")
-    rows = pq.read_table(path).to_pylist() if path.suffix == ".parquet" else files.read_jsonl(path)
-    if not rows:
+    found = []
+    for number, row in enumerate(_rows(path), 1):
+        try:
+            found.append(_row(row))
+        except ValueError as error:
+            raise UserError(f"{path}: row {number} {error}") from None
+        if len(found[-1][2]) != len(found[0][2]):
+            raise UserError(f"{path}: row {number} has {len(found[-1][2])} rejected, row 1 has {len(found[0][2])}")
+    if not found:
         raise UserError(f"{path}: no rows")
-    prompt, chosen, rejected, epsilon = [], [], [], []
-    for number, row in enumerate(rows, 1):
-        missing = [name for name in ("prompt", "chosen", "rejected") if not row.get(name)]
-        if missing:
-            raise UserError(f"{path}: row {number} lacks {', '.join(missing)} (needs prompt, chosen, rejected)")
-        negatives = row["rejected"]
-        if isinstance(negatives, str) or (negatives and isinstance(negatives[0], dict)):
-            negatives = [negatives]
-        prompt.append(_text(row["prompt"]))
-        chosen.append(_text(row["chosen"]))
-        rejected.append([_text(value) for value in negatives])
-        given = row.get("epsilon", np.nan)
-        epsilon.append(given if isinstance(given, list) else [given] * len(negatives))
-        if len(rejected[-1]) != len(rejected[0]) or len(epsilon[-1]) != len(rejected[0]):
-            raise UserError(f"{path}: row {number} has {len(rejected[-1])} rejected, row 1 has {len(rejected[0])}")
-    E, K = len(rows), len(rejected[0])
+    prompt, chosen, rejected, epsilon = map(list, zip(*found))
+    E, K = len(rejected), len(rejected[0])
     return Pairs(
         prompt, chosen, rejected, np.full(E, -1), np.full(E, -1), np.full((E, 1), -1, np.int32),
         np.full((E, K + 1), -1, np.int32), np.full((E, K + 1), np.nan, np.float32),
@@ -123,9 +116,37 @@ def import_rows(path: pathlib.Path) -> Pairs:
     )  # fmt: skip
 
 
+def _rows(path: pathlib.Path) -> list[dict]:
+    if path.suffix != ".parquet":
+        return files.read_jsonl(path)
+    try:
+        return pq.read_table(path).to_pylist()
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _row(row: dict) -> tuple[str, str, list[str], list[float]]:
+    """(prompt, chosen, rejected, epsilon) of one row; ValueError says what is wrong with it."""
+    missing = [name for name in ("prompt", "chosen", "rejected") if not row.get(name)]
+    if missing:
+        raise ValueError(f"lacks {', '.join(missing)} (needs prompt, chosen, rejected)")
+    negatives = row["rejected"]
+    if not isinstance(negatives, list) or isinstance(negatives[0], dict):
+        negatives = [negatives]
+    given = np.nan if row.get("epsilon") is None else row["epsilon"]
+    epsilon = given if isinstance(given, list) else [given] * len(negatives)
+    if len(epsilon) != len(negatives):
+        raise ValueError(f"has {len(epsilon)} epsilon for {len(negatives)} rejected")
+    for value in epsilon:
+        if not isinstance(value, float | int) or value < 0 or value > 1:
+            raise ValueError(f"has epsilon {value!r}: must be a probability")
+    return _text(row["prompt"]), _text(row["chosen"]), [_text(value) for value in negatives], epsilon
+
+
 def _text(value) -> str:
-    if isinstance(value, str):
-        return value
+    """Text, or the contents of a conversation's turns."""
     if isinstance(value, list) and all(isinstance(turn, dict) and "content" in turn for turn in value):
-        return "\n".join(turn["content"] for turn in value)
-    raise UserError(f"expected text or a list of turns, found {json.dumps(value)[:80]}")
+        value = "\n".join(str(turn["content"]) for turn in value)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"has {json.dumps(value)[:80]} where a text or a list of turns belongs")
+    return value

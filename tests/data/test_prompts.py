@@ -108,7 +108,8 @@ def test_pad_may_be_eos(tmp_path):
     """The mask, not `ids != pad`, says what is real: the EOS of a response stays in."""
     encoder = Encoder(saved(tmp_path, pad=None), Template.load("titles"), 64, 32)
     assert encoder.pad == encoder.eos
-    batch = examples.responses(encoder, [["Argo (2012)"], ["Amélie and Lincoln (2012)"]])
+    texts = ["Argo (2012)", "Amélie and Lincoln (2012)"]
+    batch = examples.responses(encoder, [[text] for text in texts])
     for ids, mask, text in zip(
         batch["response_BxRxT"][:, 0], batch["response_mask_BxRxT"][:, 0], ["Argo (2012)", None]
     ):
@@ -158,7 +159,7 @@ def test_slots(tmp_path):
     path.write_text("{histroy}", "utf-8")
     with pytest.raises(UserError, match=r"needs the slot \{history\}.*histroy"):
         Template.load(str(path))
-    with pytest.raises(UserError, match="no template 'moviez'.*movies, "):
+    with pytest.raises(UserError, match=r"no template 'moviez'.*movies, "):
         Template.load("moviez")
 
 
