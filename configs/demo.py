@@ -12,4 +12,4 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.max_validation = 500
     c.model.vocabulary = 1024
     c.model.width, c.model.layers, c.model.heads, c.model.kv_heads, c.model.mlp_width = 64, 2, 4, 2, 192
-    return c
+    return config.variant(c, arg)

@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.sft.validate = "100 steps"
     c.sft.patience = 3
     c.pairs.max_rows = 16000
-    return config.smoke(c) if arg == "smoke" else c
+    return config.variant(c, arg)
 
 
 def get_sweep() -> list[dict]:

@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.sft.batch_size, c.sft.length, c.sft.weight_decay = 128, "1000 steps", 0.1
     c.sft.validate = "100 steps"
     c.sft.patience = 3
-    return config.smoke(c) if arg == "smoke" else c
+    return config.variant(c, arg)
 
 
 def get_sweep() -> list[dict]:

@@ -17,4 +17,4 @@ def get_config(arg: str = "") -> ConfigDict:
     c.sft.batch_size, c.sft.learning_rate, c.sft.length, c.sft.weight_decay = 128, 1e-3, "1500 steps", 0.1
     c.sft.validate = "100 steps"
     c.sft.patience = 3
-    return c
+    return config.variant(c, arg)

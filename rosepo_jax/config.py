@@ -6,6 +6,8 @@ Lengths of training are strings in natural units, resolved by `training.optimize
 
 from ml_collections import ConfigDict
 
+from rosepo_jax.errors import UserError
+
 
 def default() -> ConfigDict:
     """The configuration that every file in configs/ overrides."""
@@ -122,8 +124,12 @@ def default() -> ConfigDict:
     return c
 
 
-def smoke(c: ConfigDict) -> ConfigDict:
-    """Shrinks `c`, in place, to a run of seconds that exercises every stage and measures nothing: `NAME.py:smoke`."""
+def variant(c: ConfigDict, arg: str) -> ConfigDict:
+    """What `NAME.py:ARG` makes of `c`: "" leaves it, "smoke" shrinks it to a run of seconds that measures nothing."""
+    if arg not in ("", "smoke"):
+        raise UserError(f"unknown argument :{arg}; there is :smoke, or none")
+    if not arg:
+        return c
     c.data.max_validation = c.data.max_test = 48
     c.data.world.users, c.data.world.titles, c.data.world.series = 200, 60, 15
     c.model.vocabulary = 512
