@@ -52,8 +52,8 @@ class Template:
         )
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int, directory: pathlib.Path) -> None:
-    """Trains a byte-level BPE on lines as they occur and saves it as a Hugging Face tokenizer.
+def train_tokenizer(texts: Iterable[str], vocabulary: int, directory: pathlib.Path) -> int:
+    """Trains a byte-level BPE on lines as they occur and saves it as a Hugging Face tokenizer; returns its real size.
 
     Text is split at line ends only, never at spaces: a frequent title becomes a single token, which a small model
     learns several times faster than word pieces.
@@ -82,6 +82,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, directory: pathlib.Pa
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     ).save_pretrained(directory)
+    return tokenizer.get_vocab_size()
 
 
 class Encoder:

@@ -209,9 +209,16 @@ class LanguageModel:
         return x_BxSxD, position_BxS[..., None].astype(jnp.float32) * rope_frequencies(self.config)[None, None]
 
     def hidden(self, params: Params, prompt_BxP, prompt_mask_BxP, response_BxRxT) -> jax.Array:
-        """Normed hidden states [B, R, T, D] that predict each response token, from one pass over prompt and responses.
+        """Normed hidden states [B, R, T, D] that predict each response token."""
+        first_BxD, later_BxRxSxD = self.states(params, prompt_BxP, prompt_mask_BxP, response_BxRxT)
+        B, R, _, D = later_BxRxSxD.shape
+        return jnp.concatenate([jnp.broadcast_to(first_BxD[:, None, None], (B, R, 1, D)), later_BxRxSxD], axis=2)
 
-        The last response token is never fed: nothing is predicted from it.
+    def states(self, params: Params, prompt_BxP, prompt_mask_BxP, response_BxRxT) -> tuple[jax.Array, jax.Array]:
+        """One pass over prompts and responses: the normed hidden states that predict response tokens.
+
+        Returns first_BxD, which predicts the first token of all R responses of a prompt, and later_BxRxSxD, S = T - 1,
+        which predict the others. The last response token is never fed: nothing is predicted from it.
         """
         module = self._module(params)
         B, P = prompt_BxP.shape
@@ -241,7 +248,7 @@ class LanguageModel:
         return module.norm(jnp.concatenate([first, x[:, P:].reshape(B, R, S, x.shape[-1])], axis=2))
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """Vocabulary logits in float32 for hidden states of `hidden` or `prompt_states`."""
+        """Vocabulary logits in float32 for normed hidden states."""
         return self._module(params).logits(hidden)
 
     def prefill(self, params: Params, prompt_BxP, prompt_mask_BxP) -> tuple[jax.Array, Any]:

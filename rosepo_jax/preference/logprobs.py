@@ -15,8 +15,15 @@ def response_logps(
     Shapes:    prompts right-padded [B, P]; responses right-padded [B, R, T]; returns logps_BxR float32
     Units:     natural log
     """
-    hidden = lm.hidden(params, prompt_BxP, prompt_mask_BxP, response_BxRxT)
-    logits_BxRxTxV = lm.logits(params, hidden)
-    chosen = jnp.take_along_axis(logits_BxRxTxV, response_BxRxT[..., None], axis=-1)[..., 0]
-    logps_BxRxT = chosen - jax.nn.logsumexp(logits_BxRxTxV, axis=-1)
-    return jnp.where(response_mask_BxRxT, logps_BxRxT, 0.0).sum(axis=-1)
+    first_BxD, later_BxRxSxD = lm.states(params, prompt_BxP, prompt_mask_BxP, response_BxRxT)
+    # The first tokens of all responses of a prompt are read from one row of logits.
+    logps_BxR = _token_logps(lm.logits(params, first_BxD), response_BxRxT[:, :, 0])
+    logps_BxR = jnp.where(response_mask_BxRxT[:, :, 0], logps_BxR, 0.0)
+    later_BxRxSx1 = _token_logps(lm.logits(params, later_BxRxSxD), response_BxRxT[:, :, 1:, None])
+    return logps_BxR + jnp.where(response_mask_BxRxT[:, :, 1:], later_BxRxSx1[..., 0], 0.0).sum(axis=-1)
+
+
+def _token_logps(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """log softmax(logits)[token] of M tokens: logits [..., V], tokens [..., M]; float32."""
+    chosen = jnp.take_along_axis(logits, tokens, axis=-1)
+    return chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True)

@@ -54,9 +54,9 @@ def create(config: ConfigDict, out: pathlib.Path, mesh: Mesh, tokenizer_texts: I
     else:
         if m.width % m.heads or m.heads % m.kv_heads:
             raise UserError(f"model: width {m.width} / heads {m.heads} / kv_heads {m.kv_heads} must divide evenly")
-        train_tokenizer(tokenizer_texts, m.vocabulary, tokenizer)
+        vocabulary = train_tokenizer(tokenizer_texts, m.vocabulary, tokenizer)
         architecture = DecoderConfig(
-            vocabulary=m.vocabulary,
+            vocabulary=-(-vocabulary // 64) * 64,  # a multiple that meshes divide
             width=m.width,
             layers=m.layers,
             heads=m.heads,
