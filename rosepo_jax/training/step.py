@@ -1,6 +1,7 @@
 """One update: policy, reference and oracle forwards, the objective, its gradient and the optimiser, in one program."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,8 +24,8 @@ class TrainState:
 
 
 def init_state(trainable: Mapping[str, jax.Array], transformation: optax.GradientTransformation) -> TrainState:
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, dict(trainable), transformation.init(dict(trainable)), zero)
+    zero = functools.partial(jnp.zeros, (), jnp.int32)  # a buffer each: the state is donated
+    return TrainState(zero(), dict(trainable), transformation.init(dict(trainable)), zero())
 
 
 @dataclasses.dataclass(frozen=True)
