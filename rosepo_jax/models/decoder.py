@@ -244,8 +244,7 @@ class LanguageModel:
         x, angle = self._embed(module, tokens, position)
         x, _ = module.layers(x, angle, attend, None, self.remat)
         last_BxD = jnp.take_along_axis(x[:, :P], (length_B - 1)[:, None, None], axis=1)[:, 0]
-        first = jnp.broadcast_to(last_BxD[:, None, None], (B, R, 1, x.shape[-1]))
-        return module.norm(jnp.concatenate([first, x[:, P:].reshape(B, R, S, x.shape[-1])], axis=2))
+        return module.norm(last_BxD), module.norm(x[:, P:].reshape(B, R, S, x.shape[-1]))
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Vocabulary logits in float32 for normed hidden states."""
