@@ -240,8 +240,12 @@ def chosen_nll(objective: Objective, logps_BxR: jax.Array, token_counts_BxR: jax
 
 
 def _masked_mean(losses_BxK: jax.Array, real_B: jax.Array) -> jax.Array:
+    """Mean over real rows, 0 without any. Summed around the first loss: equal losses, as at step 0, have no rounding."""
     real_BxK = jnp.broadcast_to(real_B[:, None], losses_BxK.shape).astype(bool)
-    return jnp.sum(jnp.where(real_BxK, losses_BxK, 0)) / jnp.maximum(jnp.sum(real_BxK, dtype=losses_BxK.dtype), 1)
+    centre = jax.lax.stop_gradient(losses_BxK[0, 0])
+    count = jnp.sum(real_BxK, dtype=losses_BxK.dtype)
+    mean = centre + jnp.sum(jnp.where(real_BxK, losses_BxK - centre, 0)) / jnp.maximum(count, 1)
+    return jnp.where(count > 0, mean, 0)
 
 
 def _epsilon(objective: Objective, epsilon: jax.Array, u_BxK: jax.Array) -> jax.Array:
