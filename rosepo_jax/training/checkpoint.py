@@ -1,5 +1,6 @@
 """Orbax checkpoints: the training state to resume from, and the parameters a stage hands on."""
 
+import copy
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +26,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: dict) -> None:
         """Saves in the background; an earlier save that failed raises here."""
         self._manager.check_for_errors()
+        meta = copy.deepcopy(meta)  # written later, while the caller's goes on changing
         saved = self._manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)), force=True
         )

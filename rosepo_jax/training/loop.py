@@ -80,16 +80,19 @@ def train(
     # ---- Loop: metrics are read one update late, so that the device never waits for the host -----------------------
     if meta["step"] == 0 and meta["best"] is None:
         check(0, state.trainable)
-    late: tuple[int, dict[str, jax.Array], np.ndarray | None] | None = None
+    late: tuple[int, dict[str, jax.Array], np.ndarray] | None = None
     clock, clock_step, busy = time.perf_counter(), meta["step"], 0.0
-    patience = settings.get("patience", 0)
+
+    def lost_patience() -> bool:
+        return 0 < settings.get("patience", 0) <= meta["stale"]
 
     def report(item) -> None:
         """Writes the metrics of an update that has ended; counts and names what was skipped."""
         nonlocal clock, clock_step
         number, device_metrics, ids = item
         metrics = {key: float(value) for key, value in jax.device_get(device_metrics).items()}
-        if not metrics.pop("finite"):
+        skipped = not metrics.pop("finite")
+        if skipped:
             meta.setdefault("bad", []).append([number, *map(int, ids[:8])])
             if len(meta["bad"]) > settings.max_bad_steps:
                 raise UserError(
@@ -97,10 +100,9 @@ def train(
                     f"more than {name}.max_bad_steps={settings.max_bad_steps}; last at update {number}, rows {ids[:8]}"
                 )
             metrics = {key: value for key, value in metrics.items() if math.isfinite(value)} | {"skipped": 1.0}
-            writer.scalars(number, metrics)
         elif number == 1:
             first(metrics)
-        if number == 1 or number % config.log.every == 0 or number == total:
+        if skipped or number == 1 or number % config.log.every == 0 or number == total:
             now = time.perf_counter()
             seconds = now - clock - busy
             if number > clock_step and number != 1:
@@ -113,13 +115,13 @@ def train(
         clock, clock_step, busy = now, number, 0.0
 
     start = meta["step"]
-    with contextlib.closing(writer):
-        for number, batch in zip(progress(range(start + 1, total + 1), name), stream(start=start, stop=total)):
-            ids = batch.get("row_B")
+    stop = start if lost_patience() else total
+    with contextlib.closing(writer), contextlib.closing(checkpoints):
+        for number, batch in zip(progress(range(start + 1, stop + 1), name), stream(start=start, stop=stop)):
             state, metrics = step(state, frozen, sharding.to_device(mesh, batch))
             if late is not None:
                 report(late)
-            late = (number, metrics, ids)
+            late = (number, metrics, batch["row_B"])
             meta["step"] = number
             ended = number == total
             if number % every[f"{name}.validate"] == 0 or ended:
@@ -128,7 +130,7 @@ def train(
                 started = time.perf_counter()
                 check(number, state.trainable)
                 busy += time.perf_counter() - started
-                ended |= 0 < patience <= meta["stale"]
+                ended |= lost_patience()
             if number % every["checkpoint.every"] == 0 or ended:
                 if late is not None:
                     report(late)
@@ -136,7 +138,6 @@ def train(
                 checkpoints.save(number, state, meta)
             if ended:
                 break
-    checkpoints.close()
     return meta["best"]
 
 

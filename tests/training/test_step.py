@@ -156,7 +156,9 @@ def test_cached_and_stored_figures_replace_their_forwards():
 def compiled():
     """(start, compiled update) of full tuning with the oracle's smoothing."""
     params = LM.init(jax.random.key(2))
-    update = jax.jit(functools.partial(train_step, tiny.task(LM, "rosepo"), OPTIMIZER, SCHEDULE, 1), donate_argnums=0)
+    update = jax.jit(
+        functools.partial(train_step, tiny.task(LM, "rosepo", beta=1.0), OPTIMIZER, SCHEDULE, 1), donate_argnums=0
+    )
     return params, update.lower(init_state(params, OPTIMIZER), tiny.frozen(params), tiny.batch()).compile()
 
 
@@ -194,7 +196,7 @@ def test_no_vocabulary_logits_of_prompt_positions(compiled):
     dims = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", update.as_text())
     shapes = {tuple(map(int, found.split(","))) for found in dims}
     B, P, R, T, V = tiny.B, tiny.P, tiny.R, tiny.T, tiny.V
-    assert shapes & {(B, R, T, V), (B * R * T, V), (B, R * T, V)}
+    assert shapes & {(B, R, T - 1, V), (B * R * (T - 1), V), (B, R * (T - 1), V)}
     length = P + R * (T - 1)
     prompt_rows = {P, P - 1, length, B * P, B * (P - 1), B * length}
     assert not [shape for shape in shapes if V in shape and prompt_rows & set(shape)]

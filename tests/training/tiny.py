@@ -23,11 +23,11 @@ class Bag:
     def init(self, key):
         return {"embedding": jax.random.normal(key, (V, 16))}
 
-    def hidden(self, params, prompt_BxP, prompt_mask_BxP, response_BxRxT):
+    def states(self, params, prompt_BxP, prompt_mask_BxP, response_BxRxT):
         prompt_BxPxD = jnp.where(prompt_mask_BxP[..., None], params["embedding"][prompt_BxP], 0.0)
         mean_BxD = prompt_BxPxD.sum(axis=1) / prompt_mask_BxP.sum(axis=1, keepdims=True)
-        own = params["embedding"][response_BxRxT]
-        return jnp.tanh(mean_BxD[:, None, None] + jnp.cumsum(own, axis=2) - own)
+        earlier_BxRxSxD = jnp.cumsum(params["embedding"][response_BxRxT[:, :, :-1]], axis=2)
+        return jnp.tanh(mean_BxD), jnp.tanh(mean_BxD[:, None, None] + earlier_BxRxSxD)
 
     def logits(self, params, hidden):
         return hidden @ params["embedding"].T
@@ -61,7 +61,7 @@ def task(lm, objective="rosepo", mode="oracle", source="in_step", **keys):
     section = defaults.default().align
     section.objective, section.smoothing.mode = objective, mode
     section.update(keys)
-    factor = Smoothing(objectives.smoothing_mode(section), 1.0, 0.5, 0.1)
+    factor = Smoothing(objectives.smoothing_mode(section), 0.1, 0.5, 0.1)
     return align.task(lm, objectives.objective(section), factor, ORACLE, source, seed=3)
 
 

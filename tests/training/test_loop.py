@@ -1,0 +1,236 @@
+"""The loop with a linear model: restarts, what is kept, what is skipped, when it stops, how often it compiles."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from rosepo_jax import config as defaults
+from rosepo_jax.errors import UserError
+from rosepo_jax.training import checkpoint, loop, sharding
+from rosepo_jax.training.step import Task
+
+STEPS, BATCH = 12, 8
+START = np.zeros((4, 8), np.float32)
+TRUTH = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+
+
+def batch_of(step):
+    """A pure function of the step, with ragged rows: a mask says which of its values are real."""
+    generator = np.random.default_rng([7, step])
+    x = generator.normal(size=(BATCH, 4)).astype(np.float32)
+    mask = np.arange(8) < generator.integers(1, 9, (BATCH, 1))
+    y = x @ TRUTH + 0.1 * generator.normal(size=(BATCH, 8)).astype(np.float32)
+    return {"row_B": 1000 * step + np.arange(BATCH, dtype=np.int32), "x": x, "y": y, "mask": mask}
+
+
+def stream(*, start, stop):
+    return map(batch_of, range(start, stop))
+
+
+TRACES = []
+
+
+def forward(trainable, frozen, batch):
+    TRACES.append(1)
+    return jnp.where(batch["mask"], batch["x"] @ trainable["embedding"] - batch["y"], 0.0)
+
+
+def mean_square(error, constants, batch):
+    loss = jnp.square(error).sum() / batch["mask"].sum()
+    return loss, {"loss": loss}
+
+
+TASK = Task(forward, lambda frozen, batch: frozen["zero"][: len(batch["x"])], mean_square)
+
+
+def by_distance(trainable):
+    """Higher is better, as HR@1 is."""
+    return {"HR@1": -float(np.square(sharding.to_host(trainable["embedding"]) - TRUTH).mean())}
+
+
+def train(out, *, stream=stream, validate=by_distance, log_every=1, task=TASK, first=lambda metrics: None, **keys):
+    config = defaults.default()
+    config.log.every, config.log.tensorboard = log_every, False
+    config.checkpoint.every = "3 steps"
+    config.sft.batch_size, config.sft.length = BATCH, f"{STEPS} steps"
+    config.sft.learning_rate, config.sft.validate = 0.05, "2 steps"
+    config.sft.update(keys)
+    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2, 1), sharding.AXES)
+    return loop.train(
+        name="sft", config=config, settings=config.sft, out=pathlib.Path(out), mesh=mesh, task=task,
+        trainable=sharding.place(mesh, {"embedding": START}), frozen={"zero": jnp.zeros((BATCH,))},
+        rows=100, stream=stream, validate=validate, first=first,
+    )  # fmt: skip
+
+
+def rows(out):
+    """metrics.jsonl without what a clock decides."""
+    lines = (pathlib.Path(out) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "prompts_per_second"} for line in lines]
+
+
+def model(out):
+    like = jax.ShapeDtypeStruct((4, 8), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    return np.asarray(checkpoint.load_params(pathlib.Path(out) / "model", {"embedding": like})["embedding"])
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    out = tmp_path_factory.mktemp("straight")
+    return out, train(out)
+
+
+def test_it_learns_and_leaves_the_best_model(straight):
+    out, best = straight
+    losses = [row["loss"] for row in rows(out) if "loss" in row]
+    assert len(losses) == STEPS
+    validations = {row["step"]: row["validation/HR@1"] for row in rows(out) if "validation/HR@1" in row}
+    assert list(validations) == [0, 2, 4, 6, 8, 10, 12]
+    assert best["HR@1"] > validations[0] + 0.1
+    assert best == {"HR@1": max(validations.values()), "step": max(validations, key=validations.__getitem__)}
+    assert by_distance({"embedding": jnp.asarray(model(out))})["HR@1"] == best["HR@1"]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kill", [1, 5, 6, 11])
+def test_a_restart_changes_no_bit(tmp_path, straight, kill):
+    def interrupted(*, start, stop):
+        for step in range(start, stop):
+            if step == kill:
+                raise Killed
+            yield batch_of(step)
+
+    with pytest.raises(Killed):
+        train(tmp_path, stream=interrupted)
+    starts = []
+
+    def observed(*, start, stop):
+        starts.append(start)
+        return stream(start=start, stop=stop)
+
+    assert train(tmp_path, stream=observed) == straight[1]
+    assert starts == [kill // 3 * 3], "goes on from the last checkpoint"
+    assert rows(tmp_path) == rows(straight[0])
+    np.testing.assert_array_equal(model(tmp_path), model(straight[0]))
+
+
+def test_a_finished_run_trains_no_further(tmp_path, straight):
+    train(tmp_path)
+    assert train(tmp_path, stream=lambda *, start, stop: stream(start=start, stop=stop)) == straight[1]
+    assert rows(tmp_path) == rows(straight[0])
+
+
+def test_a_killed_process_resumes_bit_for_bit(tmp_path, straight):
+    """SIGKILL while update 8 is fed: no handler runs, nothing is closed."""
+    program = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+import test_loop
+
+def killed(*, start, stop):
+    for step in range(start, stop):
+        if step == 8:
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield test_loop.batch_of(step)
+
+test_loop.train({str(tmp_path)!r}, stream=killed)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=dict(os.environ))
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert rows(tmp_path)[-1]["step"] < STEPS
+    assert train(tmp_path) == straight[1]
+    assert rows(tmp_path) == rows(straight[0])
+    np.testing.assert_array_equal(model(tmp_path), model(straight[0]))
+
+
+def test_the_best_validation_is_kept_and_patience_stops(tmp_path):
+    """Validation says: better until update 4, then worse. Patience 2 stops at update 8; a restart trains no further."""
+    seen = {}
+
+    def validate(trainable):
+        number = 2 * len(seen)
+        seen[number] = sharding.to_host(trainable["embedding"]).copy()
+        return {"HR@1": 1.0 - abs(number - 4) / 10}
+
+    best = train(tmp_path, validate=validate, patience=2)
+    assert list(seen) == [0, 2, 4, 6, 8] and best == {"HR@1": 1.0, "step": 4}
+    np.testing.assert_array_equal(model(tmp_path), seen[4])
+    assert not np.array_equal(seen[4], seen[8])
+    before = rows(tmp_path)
+    assert train(tmp_path, validate=validate, patience=2) == best
+    assert len(seen) == 5 and rows(tmp_path) == before
+
+
+def test_the_first_of_equal_validations_is_kept(tmp_path):
+    assert train(tmp_path, validate=lambda trainable: {"HR@1": 0.5})["step"] == 0
+    np.testing.assert_array_equal(model(tmp_path), START)
+
+
+def poisoned(*bad):
+    def batches(*, start, stop):
+        for step in range(start, stop):
+            batch = batch_of(step)
+            if step + 1 in bad:
+                batch["y"][0] = np.nan
+                batch["mask"][0] = True
+            yield batch
+
+    return batches
+
+
+def test_skipped_updates_are_counted_in_their_rows(tmp_path):
+    train(tmp_path, stream=poisoned(4, 7), max_bad_steps=2, log_every=5)
+    skipped = [row["step"] for row in rows(tmp_path) if row.get("skipped")]
+    assert skipped == [4, 7]
+    assert [row["step"] for row in rows(tmp_path) if "learning_rate" in row] == [1, 4, 5, 7, 10, 12]
+    assert np.isfinite(model(tmp_path)).all()
+
+
+def test_too_many_skipped_updates_end_the_run_naming_rows(tmp_path):
+    with pytest.raises(UserError, match=r"3 updates .*sft\.max_bad_steps=2; last at update 9, rows \[8000 8001"):
+        train(tmp_path, stream=poisoned(4, 7, 9), max_bad_steps=2)
+    # The count survives a restart: the budget belongs to the run.
+    with pytest.raises(UserError, match="3 updates"):
+        train(tmp_path, stream=poisoned(4, 7, 9), max_bad_steps=2)
+
+
+def test_the_first_metrics_are_shown_once(tmp_path):
+    shown = []
+    train(tmp_path, first=shown.append, length="3 steps")
+    assert len(shown) == 1 and shown[0].keys() == {"loss", "grad_norm", "learning_rate"}
+
+
+def test_no_updates_leave_the_start(tmp_path):
+    assert train(tmp_path, length="0 steps") == {**by_distance({"embedding": jnp.asarray(START)}), "step": 0}
+    np.testing.assert_array_equal(model(tmp_path), START)
+
+
+def test_one_trace_and_one_compilation_for_all_updates(tmp_path, caplog):
+    TRACES.clear()
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        train(tmp_path)
+    compiled = [r.getMessage() for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
+    assert len(TRACES) == 1
+    assert sum("train_step" in message for message in compiled) == 1, compiled
+
+
+def test_batches_that_do_not_divide_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(UserError, match=r"sft\.batch_size=8 must be a multiple of 6"):
+        train(tmp_path, accumulate=3)
+    assert not list(tmp_path.iterdir())
