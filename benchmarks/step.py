@@ -9,16 +9,15 @@ and data, interleaved in one process; only the forward pass differs:
     everywhere  R sequences per prompt, vocabulary logits at all positions: what preference trainers usually do
     responses   R sequences per prompt, vocabulary logits at response positions only: the tougher baseline
 
-One JSON line per figure. Time: the median over repeats of baseline / shared within one repeat, and its range. Memory:
-temporary bytes of the compiled step, baseline / shared. Difference: the largest, relative to the largest magnitude, of
-log-probs, and of each gradient array.
+One JSON line per figure. Time: the median over repeats of baseline / shared within one repeat, and its range; by the
+clock, and by processor time, which a busy machine disturbs less. Memory: temporary bytes of the compiled step, baseline /
+shared. Difference: the largest, relative to the largest magnitude, of log-probs, and of each gradient array.
 """
 
 import argparse
 import functools
 import json
 import pathlib
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import record
 
 from rosepo_jax import seeds
+from rosepo_jax.__main__ import keep_freed_memory
 from rosepo_jax.models import attention
 from rosepo_jax.models.decoder import DecoderConfig, LanguageModel
 from rosepo_jax.models.lora import LoRAConfig, is_adapter
@@ -166,10 +166,11 @@ def compile_step(logps: Logps, trainable, frozen, batch) -> Compiled:
     return Compiled(compiled, state, compiled.memory_analysis().temp_size_in_bytes, compiled.as_text())
 
 
-def seconds(compiled: Compiled, frozen, batch) -> float:
-    started = time.perf_counter()
+def seconds(compiled: Compiled, frozen, batch) -> tuple[float, float]:
+    """One step: (seconds by the clock, processor seconds of all threads)."""
+    started = time.perf_counter(), time.process_time()
     jax.block_until_ready(compiled.step(compiled.state, frozen, batch))
-    return time.perf_counter() - started
+    return time.perf_counter() - started[0], time.process_time() - started[1]
 
 
 def differences(logps: dict[str, Logps], trainable, frozen, batch) -> Iterator[dict[str, Any]]:
@@ -200,15 +201,17 @@ def measure(decoder: DecoderConfig, B: int, P: int, R: int, T: int, repeats: int
     steps = {name: compile_step(variant, trainable, frozen, batch) for name, variant in logps.items()}
     for compiled in steps.values():
         seconds(compiled, frozen, batch)
-    taken: dict[str, list[float]] = {name: [] for name in steps}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, compiled in steps.items():
             taken[name].append(seconds(compiled, frozen, batch))
-    for name in steps:
-        yield {"figure": "step time", "variant": name, "unit": "s", **spread(taken[name])}
-    for name in BASELINES:
-        ratios = [theirs / ours for theirs, ours in zip(taken[name], taken["shared"])]
-        yield {"figure": "time", "against": name, "unit": "x", **spread(ratios)}
+    clock = {name: np.array(values).T for name, values in taken.items()}  # [2, repeats]
+    for kind, figure in enumerate(("time", "processor time")):
+        for name in steps:
+            yield {"figure": f"step {figure}", "variant": name, "unit": "s", **spread(clock[name][kind])}
+        for name in BASELINES:
+            ratios = clock[name][kind] / clock["shared"][kind]
+            yield {"figure": figure, "against": name, "unit": "x", **spread(ratios)}
     for name in steps:
         megabytes = steps[name].temporary_bytes / 2**20
         yield {"figure": "temporary memory", "variant": name, "unit": "MiB", "value": megabytes}
@@ -217,8 +220,8 @@ def measure(decoder: DecoderConfig, B: int, P: int, R: int, T: int, repeats: int
         yield {"figure": "memory", "against": name, "unit": "x", "value": ratio}
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"value": statistics.median(values), "low": min(values), "high": max(values)}
+def spread(values: np.ndarray) -> dict[str, float]:
+    return {"value": float(np.median(values)), "low": float(values.min()), "high": float(values.max())}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -230,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/RESULTS.md")
     args = parser.parse_args(argv)
+    keep_freed_memory()  # as the command line does before it trains
     rows = []
     for R in map(int, args.R.split(",")):
         for row in measure(DECODER, args.B, args.P, R, args.T, args.repeats):

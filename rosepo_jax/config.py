@@ -34,8 +34,7 @@ def default() -> ConfigDict:
     d.max_test = 0
     d.candidates = 20  # C: the target and C-1 sampled items
     d.candidate_sampling = "uniform"  # uniform | popularity
-    d.template = "titles"  # a file of rosepo_jax/data/templates, or a path
-    d.candidates_in_prompt = False  # fill the template's {candidates} slot from the frozen list
+    d.template = "titles"  # a file of rosepo_jax/data/templates, or a path; {candidates} is filled from the frozen list
     d.world = ConfigDict(  # source = world: the embedded generative model of users and titles
         dict(users=2000, titles=300, genres=8, series=60, length=24, slate=12, exposure=0.5, noise=1.0, flip=0.0)
     )

@@ -19,7 +19,7 @@ from rosepo_jax.training.metrics import is_primary, progress
 
 NAME = "prepare"
 INPUTS: tuple[str, ...] = ()
-PROMPT_KEYS = ("template", "candidates_in_prompt")  # they shape prompts, not rows
+PROMPT_KEYS = ("template",)  # shapes prompts, not rows
 KEYS = ("seed", *(f"data.{key}" for key in defaults.default().data if key not in PROMPT_KEYS))
 RESUMABLE = False
 

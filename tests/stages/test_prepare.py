@@ -70,7 +70,7 @@ def test_the_same_settings_give_the_same_bytes(done, tmp_path):
 def test_up_to_date_unless_a_setting_of_the_rows_changes(done, capsys):
     workdir, _ = done
     config = small_config()
-    config.data.template, config.data.candidates_in_prompt, config.align.beta = "other", True, 0.5
+    config.data.template, config.align.beta = "other", 0.5
     runtime.execute(prepare, config, workdir)
     assert "up to date" in capsys.readouterr().out
     config.data.history = 7
