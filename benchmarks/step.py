@@ -10,8 +10,8 @@ and data, interleaved in one process; only the forward pass differs:
     responses   R sequences per prompt, vocabulary logits at response positions only: the tougher baseline
 
 One JSON line per figure. Time: the median over repeats of baseline / shared within one repeat, and its range; by the
-clock, and by processor time, which a busy machine disturbs less. Memory: temporary bytes of the compiled step, baseline /
-shared. Difference: the largest, relative to the largest magnitude, of log-probs, and of each gradient array.
+clock, and by processor time, which a busy machine disturbs less. Memory: temporary bytes of the compiled step, baseline
+over shared. Difference: the largest, relative to the largest magnitude, of log-probs, and of each gradient array.
 """
 
 import argparse
