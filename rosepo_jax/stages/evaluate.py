@@ -10,6 +10,7 @@ from rosepo_jax import files, seeds
 from rosepo_jax.data import batches, examples, pairs, store
 from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.data.examples import TitleTable
+from rosepo_jax.data.sequences import Rows
 from rosepo_jax.decoding import rank
 from rosepo_jax.errors import UserError
 from rosepo_jax.evaluation import protocols, significance
@@ -49,12 +50,13 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
 
     titles = TitleTable(models["sft"].encoder, catalogue.titles)
     embedding_IxD = rank.title_embeddings(models["sft"], titles)
-    setting = protocols.Setting(config, catalogue, titles, data["test"], inputs["prepare"])
     floors = protocols.floors(config, catalogue, data, inputs["oracle"])
     results: dict = {"protocols": {}, "comparisons": []}
     by_row: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     truth = protocols.Truth.load(inputs["prepare"])
     for name in e.protocols:
+        rows = some(data["test"], e.max_generate, config.seed) if name == "generate" else data["test"]
+        setting = protocols.Setting(config, catalogue, titles, rows, inputs["prepare"])
         runtime.say(f"evaluate: {name} protocol, {len(setting.rows)} rows")
         answers: dict[str, Answers] = protocols.PROTOCOLS[name](setting, models, floors)
         cells, by_row[name] = protocols.summarise(setting, answers, embedding_IxD)
@@ -70,6 +72,12 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
     files.write_json(out / "results.json", runtime.plain(results))
     headline = results["protocols"].get("candidates", {"models": {}})["models"]
     return {model: cell["HR@1"]["value"] for model, cell in headline.items()}
+
+
+def some(rows: Rows, limit: int, seed: int) -> Rows:
+    """At most `limit` rows (0 = all), chosen by hash."""
+    luck_E = seeds.uniform(seeds.key(seed, "generate"), rows.user_E, rows.position_E)
+    return rows.take(np.sort(np.argsort(luck_E, kind="stable")[: limit or len(rows)]))
 
 
 def train_more(config, model: policy.Policy, catalogue: Catalogue, data: dict, inputs, out: pathlib.Path) -> dict:
