@@ -30,9 +30,4 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def get_sweep() -> list[dict]:
-    """beta times the kind of smoothing."""
-    return [
-        {"align.beta": beta, "align.smoothing.mode": mode}
-        for beta in (0.1, 0.3, 1.0)
-        for mode in ("oracle", "fixed", "none", "shuffled")
-    ]
+    return config.beta_by_smoothing()

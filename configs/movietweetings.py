@@ -18,3 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.sft.validate = "100 steps"
     c.sft.patience = 3
     return config.variant(c, arg)
+
+
+def get_sweep() -> list[dict]:
+    return config.beta_by_smoothing()

@@ -144,6 +144,12 @@ def variant(c: ConfigDict, arg: str) -> ConfigDict:
     return c
 
 
+def beta_by_smoothing(betas: tuple[float, ...] = (0.1, 0.3, 1.0)) -> list[dict]:
+    """A sweep: every beta with every kind of smoothing."""
+    modes = ("oracle", "fixed", "none", "shuffled")
+    return [{"align.beta": beta, "align.smoothing.mode": mode} for beta in betas for mode in modes]
+
+
 def _training(*, learning_rate: float, length: str, batch_size: int) -> ConfigDict:
     """The keys that SFT and alignment share."""
     return ConfigDict(
