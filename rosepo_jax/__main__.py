@@ -101,8 +101,8 @@ def _dispatch(verb: str, words: Sequence[str]) -> int:
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory instead of giving it back to the system.
 
-    XLA's CPU client allocates every buffer anew each step. Above 32 MB glibc maps and unmaps each of them, so every step
-    pays for fresh zeroed pages: half of a training step of the demo's size, measured on two cores.
+    XLA's CPU client allocates every buffer anew each step. glibc maps and unmaps the large ones, so every step pays for
+    fresh zeroed pages: a third of a training step of configs/movietweetings.py, measured on two cores.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only

@@ -29,10 +29,10 @@ def uniform(seed: int, *coordinates: np.ndarray | int) -> np.ndarray:
     `uniform(key(seed, "flip"), user, position)` gives every (user, position) its own number, the same in any order,
     on any host and in any batch.
     """
-    state = np.uint64(seed & 0xFFFFFFFFFFFFFFFF)
+    state = np.asarray(np.uint64(seed & 0xFFFFFFFFFFFFFFFF))
     with np.errstate(over="ignore"):
         for coordinate in coordinates:
             word = np.asarray(coordinate).astype(np.int64).astype(np.uint64)
-            state = _mix(state + np.uint64(0x9E3779B97F4A7C15) * (word + np.uint64(1)))
-        state = _mix(np.asarray(state) + np.uint64(0x9E3779B97F4A7C15))
-    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+            state = np.asarray(_mix(state + np.uint64(0x9E3779B97F4A7C15) * (word + np.uint64(1))))
+        state = np.asarray(_mix(state + np.uint64(0x9E3779B97F4A7C15)))
+    return np.asarray((state >> np.uint64(11)).astype(np.float64) * 2.0**-53)

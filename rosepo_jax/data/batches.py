@@ -25,7 +25,13 @@ def order(seed: int, step: int, batch_size: int, rows: int) -> np.ndarray:
 
 
 def stream(
-    encode: Callable[[np.ndarray], dict[str, np.ndarray]], rows: int, *, seed: int, batch_size: int, start: int, stop: int
+    encode: Callable[[np.ndarray], dict[str, np.ndarray]],
+    rows: int,
+    *,
+    seed: int,
+    batch_size: int,
+    start: int,
+    stop: int,
 ) -> Iterator[dict[str, np.ndarray]]:
     """This host's part of batches start..stop-1; `encode(row numbers)` makes the arrays (leading axis: rows)."""
     host, hosts = jax.process_index(), jax.process_count()
@@ -39,7 +45,7 @@ def stream(
 
 
 def blocks(rows: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All rows once, in order, in blocks of one size: (row numbers, real mask); the last block repeats row 0 as padding."""
+    """All rows once, in order, in blocks of one size: (row numbers, real mask); the last one is padded with row 0."""
     for start in range(0, rows, batch_size):
         index = np.arange(start, start + batch_size)
         yield np.where(index < rows, index, 0), index < rows

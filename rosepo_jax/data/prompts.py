@@ -114,7 +114,7 @@ class Encoder:
             rendered = tokenizer.apply_chat_template(
                 [{"role": "user", "content": slot}], tokenize=False, add_generation_prompt=True
             )
-            before, after = rendered.split(slot)
+            before, after = str(rendered).split(slot)
             self._tokenizer.encode_special_tokens = False
             self.before = self._tokenizer.encode(before, add_special_tokens=False).ids
             self.after = self._tokenizer.encode(after, add_special_tokens=False).ids
@@ -176,4 +176,3 @@ def pad(rows: Sequence[Sequence[int]], length: int, value: int) -> tuple[np.ndar
         tokens[index, : len(row)] = row
         mask[index, : len(row)] = True
     return tokens, mask
-

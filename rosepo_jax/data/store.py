@@ -96,7 +96,7 @@ def write(
 
 
 class Source:
-    """Random access to the rows of a split, as grain reads it: source[i] -> {"user", "position", "history", ...}."""
+    """The rows of a split on disk: `take` reads some of them, in any order, as `Rows.take` does in memory."""
 
     def __init__(self, records: Any, n_history: int, n_candidates: int):
         self._records = records
@@ -105,22 +105,16 @@ class Source:
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
-        return {name: column[0] for name, column in self._decode([self._records[index]]).items()}
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
-        columns = self._decode(self._records.__getitems__(indices))
-        return [{name: column[row] for name, column in columns.items()} for row in range(len(indices))]
+    def take(self, indices: Sequence[int] | np.ndarray) -> Rows:
+        """The rows of `indices`, in that order."""
+        records = self._records.__getitems__([int(index) for index in indices]) if len(indices) else []
+        columns = self._decode(records)
+        return Rows(**{field: columns[name] for name, field in FIELDS.items()})
 
     def read(self) -> Rows:
         """All rows."""
-        parts = []
-        for start in range(0, len(self), 1 << 16):
-            indices = range(start, min(start + (1 << 16), len(self)))
-            parts.append(self._decode(self._records.__getitems__(indices)))
-        if not parts:
-            parts = [self._decode([])]
-        return Rows(**{field: np.concatenate([part[name] for part in parts]) for name, field in FIELDS.items()})
+        parts = [self.take(range(i, min(i + (1 << 16), len(self)))) for i in range(0, max(len(self), 1), 1 << 16)]
+        return Rows(**{field: np.concatenate([getattr(part, field) for part in parts]) for field in FIELDS.values()})
 
     def _decode(self, records: Sequence[bytes]) -> dict[str, np.ndarray]:
         features = [tf_example_pb2.Example.FromString(record).features.feature for record in records]

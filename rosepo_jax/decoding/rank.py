@@ -85,8 +85,8 @@ def catalogue_top(
         batch = prompt_batch(policy, catalogue, rows, block)
         if excluded_ExX is not None:
             batch["excluded_BxX"] = excluded_ExX[block]
-        batch = sharding.to_device(policy.mesh, batch)
-        result = beam_search(policy.lm, params, trie, beams=beams, k=k, **batch)  # type: ignore[arg-type]
+        on_device = sharding.to_device(policy.mesh, batch)
+        result = beam_search(policy.lm, params, trie, beams=beams, k=k, **on_device)
         for kept, value in zip(found, result):
             kept[block[real]] = sharding.to_host(value)[real]
     return found
@@ -119,7 +119,7 @@ def _states(lm, params, tokens_BxP, mask_BxP):
 
 
 def title_embeddings(policy: Policy, titles: TitleTable, batch_size: int = 256) -> np.ndarray:
-    """Unit vectors [I, D] of all titles by the language model itself: mean last-layer state, centred over the catalogue.
+    """Unit vectors [I, D] of all titles by the language model itself: mean last-layer state, centred over all titles.
 
     Centring removes the direction all titles share, which would make every cosine large.
     """

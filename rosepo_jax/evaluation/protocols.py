@@ -1,7 +1,8 @@
 """How models are asked: candidate lists, the whole catalogue, free text; and what their answers are worth.
 
 `candidates`: exact log-probability of every title of the row's frozen list. `catalogue`: the best titles of the whole
-catalogue, by trie-constrained beam search with a certificate; items of the prompt's history are no answers, for any model.
+catalogue, by trie-constrained beam search with a certificate; items of the prompt's history are no answers, for any
+model.
 `generate`: free greedy text; an answer counts when its normalised first line equals a catalogue title.
 """
 
@@ -37,7 +38,11 @@ class Setting:
     def hash(self, protocol: str) -> str:
         """Identity of a protocol: equal hashes are comparable numbers."""
         e = self.config.evaluate
-        details: dict[str, Any] = {"protocol": protocol, "data": files.hash_tree(self.prepared / "dataset"), "top": e.top}
+        details: dict[str, Any] = {
+            "protocol": protocol,
+            "data": files.hash_tree(self.prepared / "dataset"),
+            "top": e.top,
+        }
         if protocol == "catalogue":
             details |= {"exclude": "history", "beams": e.beams}
         if protocol == "generate":
@@ -61,7 +66,7 @@ Floors = Mapping[str, Any]  # name -> function (rows, items_ExC or None) -> scor
 
 
 def floors(config: ConfigDict, catalogue: Catalogue, data: Mapping[str, Rows], oracle: pathlib.Path) -> Floors:
-    """Popularity, co-occurrence (train split only) and the oracle as scorers of candidates or of the whole catalogue."""
+    """Popularity, co-occurrence (train split only) and the oracle, as scorers of candidates or of the catalogue."""
     history = np.concatenate([data[name].history_ExN for name in ("train", "held_out")])
     target = np.concatenate([data[name].target_E for name in ("train", "held_out")])
     counts = baselines.cooccurrence_counts(history, target, len(catalogue))
@@ -240,4 +245,3 @@ class Truth:
                 "flip_share": quality["flipped"],
             }
         return figures
-

@@ -240,7 +240,7 @@ def chosen_nll(objective: Objective, logps_BxR: jax.Array, token_counts_BxR: jax
 
 
 def _masked_mean(losses_BxK: jax.Array, real_B: jax.Array) -> jax.Array:
-    """Mean over real rows, 0 without any. Summed around the first loss: equal losses, as at step 0, have no rounding."""
+    """Mean over real rows, 0 without any. Summed around the first loss: equal losses, as at step 0, do not round."""
     real_BxK = jnp.broadcast_to(real_B[:, None], losses_BxK.shape).astype(bool)
     centre = jax.lax.stop_gradient(losses_BxK[0, 0])
     count = jnp.sum(real_BxK, dtype=losses_BxK.dtype)

@@ -112,7 +112,12 @@ def task(lm, objective: Objective, factor: Smoothing, oracle_config, source: str
 
     def logps(params, batch):
         return response_logps(
-            lm, params, batch["prompt_BxP"], batch["prompt_mask_BxP"], batch["response_BxRxT"], batch["response_mask_BxRxT"]
+            lm,
+            params,
+            batch["prompt_BxP"],
+            batch["prompt_mask_BxP"],
+            batch["response_BxRxT"],
+            batch["response_mask_BxRxT"],
         )
 
     def forward(trainable, frozen, batch):
@@ -143,8 +148,8 @@ def task(lm, objective: Objective, factor: Smoothing, oracle_config, source: str
 def check_start(objective: Objective, rejected: int, dtype: str, metrics: dict[str, float]) -> None:
     """At the first update policy and reference are the same: margins are 0 and the loss has a closed form.
 
-    The margin is exactly 0 where both forwards are compiled alike; rematerialisation, micro-batches and cached reference
-    log-probs leave rounding, which a wrong reference exceeds by orders of magnitude.
+    The margin is exactly 0 where both forwards are compiled alike; rematerialisation, micro-batches and cached
+    reference log-probs leave rounding, which a wrong reference exceeds by orders of magnitude.
     """
     if not objective.needs_reference:
         return

@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rosepo_jax import files, seeds
-from rosepo_jax.data import batches, examples, pairs, store
+from rosepo_jax.data import batches, examples, pairs, sequences, store
 from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.data.examples import TitleTable
 from rosepo_jax.data.sequences import Rows
@@ -35,7 +35,7 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
     if unknown := set(e.protocols) - set(protocols.PROTOCOLS):
         raise UserError(f"evaluate.protocols: unknown {sorted(unknown)}; choose from {', '.join(protocols.PROTOCOLS)}")
     catalogue = Catalogue.load(inputs["prepare"] / "catalogue.jsonl")
-    data = {name: store.read(inputs["prepare"] / "dataset", name) for name in ("train", "held_out", "validation", "test")}
+    data = {name: store.read(inputs["prepare"] / "dataset", name) for name in sequences.SPLITS}
     if not len(data["test"]):
         raise UserError("evaluate: the test split has no rows; lower data.min_history or data.core_user")
     mesh = sharding.make_mesh(config.mesh)
@@ -132,4 +132,3 @@ def compare(config, by_row: dict, user_E: np.ndarray, truth: dict | None) -> lis
     for row, adjusted in zip(tested, significance.holm([row["p"] for row in tested])):
         row["p_holm"] = adjusted
     return found
-

@@ -42,9 +42,7 @@ def main(config: ConfigDict, args: argparse.Namespace) -> int:
         raise UserError("recommend: this model's template lists candidates; it cannot rank a whole catalogue")
     ways = mesh.shape["replica"] * mesh.shape["fsdp"]
     recent = np.array([history[-config.data.history :]], np.int32)
-    rows = Rows(
-        np.zeros(1, np.int32), np.zeros(1, np.int32), recent, np.zeros(1, np.int32), np.zeros((1, 0), np.int32)
-    )
+    rows = Rows(np.zeros(1, np.int32), np.zeros(1, np.int32), recent, np.zeros(1, np.int32), np.zeros((1, 0), np.int32))
     excluded = np.array([sorted(set(history))], np.int32)
     k = min(args.k, len(catalogue))
     top = rank.catalogue_top(

@@ -16,7 +16,9 @@ from rosepo_jax.training import policy, sharding
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Log-probability of given responses: JSON lines of `prompt` and `response` in, scores out."
-    parser.add_argument("--model", required=True, type=pathlib.Path, help="<workdir>/sft, <workdir>/align or a Hugging Face directory")
+    parser.add_argument(
+        "--model", required=True, type=pathlib.Path, help="WORKDIR/sft, WORKDIR/align or a HF directory"
+    )
     parser.add_argument("--input", required=True, type=pathlib.Path, help="JSON lines with prompt and response")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="JSON lines: the input with logp and tokens")
 

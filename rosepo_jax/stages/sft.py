@@ -13,6 +13,7 @@ from rosepo_jax.data import batches, examples, store
 from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.data.examples import TitleTable
 from rosepo_jax.data.sequences import Rows
+from rosepo_jax.data.store import Source
 from rosepo_jax.decoding import rank
 from rosepo_jax.errors import UserError
 from rosepo_jax.evaluation import metrics
@@ -26,13 +27,31 @@ KEYS = ("seed", "data", "model", "sft", "checkpoint.every")
 
 def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) -> dict:
     catalogue = Catalogue.load(inputs["prepare"] / "catalogue.jsonl")
-    rows = store.read(inputs["prepare"] / "dataset", "train")
+    rows = store.source(inputs["prepare"] / "dataset", "train")
     validation = store.read(inputs["prepare"] / "dataset", "validation")
     if not len(rows):
         raise UserError("sft: the train split has no rows; lower data.min_history or data.core_user, data.core_item")
-    mesh = sharding.make_mesh(config.mesh)
-    model = policy.create(config, out, mesh, tokenizer_texts(catalogue))
-    return train(config, config.sft, NAME, catalogue, rows, validation, model, out)
+    model = policy.create(config, out, sharding.make_mesh(config.mesh), tokenizer_texts(catalogue))
+    titles = TitleTable(model.encoder, catalogue.titles)
+    return loop.train(
+        name=NAME,
+        config=config,
+        settings=config.sft,
+        out=out,
+        mesh=model.mesh,
+        task=task(model.lm),
+        trainable=model.trainable,
+        frozen=model.base,
+        rows=len(rows),
+        stream=functools.partial(
+            batches.stream,
+            functools.partial(encode_rows, model, catalogue, titles, rows),
+            len(rows),
+            seed=seeds.key(config.seed, NAME),
+            batch_size=config.sft.batch_size,
+        ),
+        validate=validation_figures(config, catalogue, titles, validation, model),
+    )
 
 
 def tokenizer_texts(catalogue: Catalogue) -> Iterator[str]:
@@ -57,39 +76,14 @@ def task(lm) -> Task:
     return Task(forward, lambda frozen, batch: jnp.zeros((batch["row_B"].shape[0],)), nll)
 
 
-def encode_rows(model: policy.Policy, catalogue: Catalogue, titles: TitleTable, rows: Rows, index_B: np.ndarray) -> dict:
+def encode_rows(
+    model: policy.Policy, catalogue: Catalogue, titles: TitleTable, rows: Source, index_B: np.ndarray
+) -> dict:
     """Prompt and true title of some rows, as a batch with R = 1."""
-    texts = examples.prompt_texts(model.encoder, catalogue, rows.history_ExN[index_B], rows.candidates_ExC[index_B])
-    batch = examples.prompts(model.encoder, texts) | titles.take(rows.target_E[index_B][:, None])
+    some = rows.take(index_B)
+    texts = examples.prompt_texts(model.encoder, catalogue, some.history_ExN, some.candidates_ExC)
+    batch = examples.prompts(model.encoder, texts) | titles.take(some.target_E[:, None])
     return batch | {"row_B": index_B.astype(np.int32)}
-
-
-def train(
-    config, settings, name: str, catalogue: Catalogue, rows: Rows, validation: Rows, model: policy.Policy,
-    out: pathlib.Path, length: int | None = None,
-) -> dict:  # fmt: skip
-    """Fine-tunes `model` on the true titles of `rows`; also the control that spends alignment's steps on SFT."""
-    titles = TitleTable(model.encoder, catalogue.titles)
-    return loop.train(
-        name=name,
-        config=config,
-        settings=settings,
-        out=out,
-        mesh=model.mesh,
-        task=task(model.lm),
-        trainable=model.trainable,
-        frozen=model.base,
-        rows=len(rows),
-        stream=functools.partial(
-            batches.stream,
-            functools.partial(encode_rows, model, catalogue, titles, rows),
-            len(rows),
-            seed=seeds.key(config.seed, name),
-            batch_size=settings.batch_size,
-        ),
-        validate=validation_figures(config, catalogue, titles, validation, model),
-        length=length,
-    )
 
 
 def validation_figures(config, catalogue, titles, validation: Rows, model: policy.Policy):
