@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from rosepo_jax.data.sequences import Rows
+    from rosepo_jax.data.rows import Rows
 
 BLOCK = 1 << 22  # comparisons made at a time, to bound memory
 

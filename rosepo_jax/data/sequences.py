@@ -14,9 +14,9 @@ from rosepo_jax import seeds
 from rosepo_jax.data import candidates, leak, statistics
 from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.data.log import CONTEXT, TEST, TRAIN, VALIDATION, FrozenRow, Interactions, RawLog
+from rosepo_jax.data.rows import SPLITS, Events, Rows
 from rosepo_jax.errors import UserError
 
-SPLITS = ("train", "held_out", "validation", "test")
 ORDER_RULE = "by (timestamp, row of the source)"
 SPLIT_RULES = {
     "leave_one_out": "the last item of each user is test, the second last validation, the rest train",
@@ -25,29 +25,6 @@ SPLIT_RULES = {
     "given": "as the source says",
 }
 BLOCK = 1 << 20  # rows made at a time, to bound memory
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Rows:
-    """Rows of one split: what is predicted from what.
-
-    user_E, position_E: int32; the target is item number `position` (0-based) of the user's sequence.
-    history_ExN: int32, the last N items before it, oldest first, right-padded with -1.
-    target_E: int32. candidates_ExC: int32, the target and C-1 other items.
-    """
-
-    user_E: np.ndarray
-    position_E: np.ndarray
-    history_ExN: np.ndarray
-    target_E: np.ndarray
-    candidates_ExC: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.user_E)
-
-    def take(self, indices: Any) -> "Rows":
-        """The rows of `indices` (numbers or a mask), in that order."""
-        return Rows(*(getattr(self, field.name)[indices] for field in dataclasses.fields(self)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,18 +38,6 @@ class Prepared:
     statistics: dict[str, Any]
     raw_user_U: np.ndarray  # index in the source of each user and item
     raw_item_I: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Events:
-    """Interactions sorted by user and, within a user, in time. position: 0-based place in the user's sequence."""
-
-    user_E: np.ndarray
-    item_E: np.ndarray
-    timestamp_E: np.ndarray
-    position_E: np.ndarray
-    length_E: np.ndarray  # of the user's sequence
-    role_E: np.ndarray
 
 
 def build(raw: RawLog, config: Any, seed: int) -> Prepared:

@@ -9,7 +9,7 @@ from rosepo_jax import seeds
 from rosepo_jax.data.catalogue import Catalogue, normalise
 
 if TYPE_CHECKING:
-    from rosepo_jax.data.sequences import Events, Rows
+    from rosepo_jax.data.rows import Events, Rows
 
 
 def describe(catalogue: Catalogue, n_users: int, events: "Events", rows: dict[str, "Rows"]) -> dict[str, Any]:

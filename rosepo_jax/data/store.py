@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import writer as tfds_writer
 from tensorflow_datasets.proto import tf_example_pb2
 
-from rosepo_jax.data.sequences import SPLITS, Rows
+from rosepo_jax.data.rows import SPLITS, Rows
 from rosepo_jax.errors import UserError
 
 Progress = Callable[[Iterable[int], str], Iterable[int]]

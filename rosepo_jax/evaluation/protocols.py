@@ -18,7 +18,7 @@ from rosepo_jax import files
 from rosepo_jax.data.catalogue import Catalogue, normalise
 from rosepo_jax.data.examples import TitleTable
 from rosepo_jax.data.pairs import Pairs
-from rosepo_jax.data.sequences import Rows
+from rosepo_jax.data.rows import Rows
 from rosepo_jax.decoding import rank
 from rosepo_jax.evaluation import baselines, metrics
 from rosepo_jax.preference.oracle import Oracle

@@ -23,7 +23,7 @@ from rosepo_jax import seeds
 from rosepo_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from rosepo_jax.data.sequences import Rows
+    from rosepo_jax.data.rows import Rows
 
 STRATEGIES = ("self_hard", "semantic", "popularity", "uniform")  # a strategy's code is its index
 BLOCK = 2**21  # elements of the largest [rows, catalogue] array held at a time

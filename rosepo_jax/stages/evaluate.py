@@ -7,10 +7,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rosepo_jax import files, seeds
-from rosepo_jax.data import batches, examples, pairs, sequences, store
+from rosepo_jax.data import batches, examples, pairs, store
 from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.data.examples import TitleTable
-from rosepo_jax.data.sequences import Rows
+from rosepo_jax.data.rows import SPLITS, Rows
 from rosepo_jax.decoding import rank
 from rosepo_jax.errors import UserError
 from rosepo_jax.evaluation import protocols, significance
@@ -35,7 +35,7 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
     if unknown := set(e.protocols) - set(protocols.PROTOCOLS):
         raise UserError(f"evaluate.protocols: unknown {sorted(unknown)}; choose from {', '.join(protocols.PROTOCOLS)}")
     catalogue = Catalogue.load(inputs["prepare"] / "catalogue.jsonl")
-    data = {name: store.read(inputs["prepare"] / "dataset", name) for name in sequences.SPLITS}
+    data = {name: store.read(inputs["prepare"] / "dataset", name) for name in SPLITS}
     if not len(data["test"]):
         raise UserError("evaluate: the test split has no rows; lower data.min_history or data.core_user")
     mesh = sharding.make_mesh(config.mesh)

@@ -17,7 +17,7 @@ from scipy import special
 from rosepo_jax import seeds
 from rosepo_jax.data import store
 from rosepo_jax.data.catalogue import Catalogue
-from rosepo_jax.data.sequences import Rows
+from rosepo_jax.data.rows import Rows
 from rosepo_jax.errors import UserError
 from rosepo_jax.evaluation import metrics
 from rosepo_jax.models import sasrec

@@ -11,7 +11,7 @@ from rosepo_jax import files
 from rosepo_jax.data import store
 from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.data.examples import TitleTable
-from rosepo_jax.data.sequences import Rows
+from rosepo_jax.data.rows import Rows
 from rosepo_jax.decoding import rank
 from rosepo_jax.errors import UserError
 from rosepo_jax.training import policy, sharding

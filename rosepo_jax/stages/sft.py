@@ -12,7 +12,7 @@ from rosepo_jax import seeds
 from rosepo_jax.data import batches, examples, store
 from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.data.examples import TitleTable
-from rosepo_jax.data.sequences import Rows
+from rosepo_jax.data.rows import Rows
 from rosepo_jax.data.store import Source
 from rosepo_jax.decoding import rank
 from rosepo_jax.errors import UserError

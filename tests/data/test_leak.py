@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from rosepo_jax.data import candidates, leak
-from rosepo_jax.data.sequences import Rows
+from rosepo_jax.data.rows import Rows
 
 ITEMS, SIZE = 200, 20
 

@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from rosepo_jax.data import store
-from rosepo_jax.data.sequences import Rows
+from rosepo_jax.data.rows import Rows
 from rosepo_jax.errors import UserError
 
 N, C = 3, 5
@@ -72,7 +72,7 @@ def digest(folder):
 def test_another_process_writes_the_same_bytes(dataset, tmp_path):
     """protobuf orders the fields of a record by a hash that differs from process to process."""
     code = (
-        "import sys, numpy as np; from rosepo_jax.data import store; from rosepo_jax.data.sequences import SPLITS;"
+        "import sys, numpy as np; from rosepo_jax.data import store; from rosepo_jax.data.rows import SPLITS;"
         "store.write(sys.argv[2], {name: store.read(sys.argv[1], name) for name in SPLITS}, 3, 5);"
         "assert 'tensorflow' not in sys.modules"
     )

@@ -14,7 +14,7 @@ import pytest
 from rosepo_jax import config, files
 from rosepo_jax.data import store
 from rosepo_jax.data.catalogue import Catalogue
-from rosepo_jax.data.sequences import Rows
+from rosepo_jax.data.rows import Rows
 from rosepo_jax.errors import UserError
 from rosepo_jax.evaluation import plots, report
 from rosepo_jax.stages import report as stage

@@ -11,7 +11,7 @@ import pytest
 from rosepo_jax import config, files
 from rosepo_jax.data import store
 from rosepo_jax.data.catalogue import Catalogue
-from rosepo_jax.data.sequences import SPLITS, Rows
+from rosepo_jax.data.rows import SPLITS, Rows
 from rosepo_jax.errors import UserError
 from rosepo_jax.models import sasrec
 from rosepo_jax.preference.oracle import Oracle
