@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from rosepo_jax.errors import UserError
 from rosepo_jax.training import checkpoint, optimizer, sharding
-from rosepo_jax.training.metrics import MetricWriter, progress
+from rosepo_jax.training.metrics import MetricWriter, Throughput, progress
 from rosepo_jax.training.step import Task, TrainState, init_state, train_step
 
 
@@ -80,16 +80,17 @@ def train(
     # ---- Loop: metrics are read one update late, so that the device never waits for the host -----------------------
     if meta["step"] == 0 and meta["best"] is None:
         check(0, state.trainable)
-    late: tuple[int, dict[str, jax.Array], np.ndarray] | None = None
-    clock, clock_step, busy = time.perf_counter(), meta["step"], 0.0
+    late: tuple[int, dict[str, jax.Array], dict[str, np.ndarray]] | None = None
+    start, throughput = meta["step"], Throughput()
 
     def lost_patience() -> bool:
         return 0 < settings.get("patience", 0) <= meta["stale"]
 
     def report(item) -> None:
         """Writes the metrics of an update that has ended; counts and names what was skipped."""
-        nonlocal clock, clock_step
-        number, device_metrics, ids = item
+        number, device_metrics, batch = item
+        ids = batch["row_B"]
+        throughput.count(batch)
         metrics = {key: float(value) for key, value in jax.device_get(device_metrics).items()}
         skipped = not metrics.pop("finite")
         if skipped:
@@ -102,26 +103,20 @@ def train(
             metrics = {key: value for key, value in metrics.items() if math.isfinite(value)} | {"skipped": 1.0}
         elif number == 1:
             first(metrics)
+        if number == start + 1:
+            throughput.read()  # it compiled: no measure of speed
+        elif number % config.log.every == 0 or number == total:
+            metrics |= throughput.read()
         if skipped or number == 1 or number % config.log.every == 0 or number == total:
-            now = time.perf_counter()
-            seconds = now - clock - busy
-            if number > clock_step and number != 1:
-                metrics["prompts_per_second"] = (number - clock_step) * settings.batch_size / max(seconds, 1e-9)
-            reset(number, now)
             writer.scalars(number, metrics)
 
-    def reset(number: int, now: float) -> None:
-        nonlocal clock, clock_step, busy
-        clock, clock_step, busy = now, number, 0.0
-
-    start = meta["step"]
     stop = start if lost_patience() else total
     with contextlib.closing(writer), contextlib.closing(checkpoints):
         for number, batch in zip(progress(range(start + 1, stop + 1), name), stream(start=start, stop=stop)):
             state, metrics = step(state, frozen, sharding.to_device(mesh, batch))
             if late is not None:
                 report(late)
-            late = (number, metrics, batch["row_B"])
+            late = (number, metrics, batch)
             meta["step"] = number
             ended = number == total
             if number % every[f"{name}.validate"] == 0 or ended:
@@ -129,7 +124,7 @@ def train(
                 late = None
                 started = time.perf_counter()
                 check(number, state.trainable)
-                busy += time.perf_counter() - started
+                throughput.pause(time.perf_counter() - started)
                 ended |= lost_patience()
             if number % every["checkpoint.every"] == 0 or ended:
                 if late is not None:

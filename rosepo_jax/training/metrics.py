@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, TextIO
 
 import jax
+import numpy as np
 
 from rosepo_jax import files
 
@@ -83,6 +84,36 @@ class MetricWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Throughput:
+    """Rates over the updates counted since the last reading; real tokens only, all hosts together."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self._since = time.perf_counter()
+        self._prompts = self._pairs = self._tokens = 0
+
+    def count(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Counts one update by its host's part of the batch."""
+        B, R, _ = batch["response_mask_BxRxT"].shape
+        self._prompts += B
+        self._pairs += B * (R - 1)
+        self._tokens += int(batch["prompt_mask_BxP"].sum() + batch["response_mask_BxRxT"].sum())
+
+    def pause(self, seconds: float) -> None:
+        """Leaves out time that was not spent on updates."""
+        self._since += seconds
+
+    def read(self) -> dict[str, float]:
+        scale = jax.process_count() / max(time.perf_counter() - self._since, 1e-9)
+        rates = {"prompts_per_second": self._prompts * scale, "tokens_per_second": self._tokens * scale}
+        if self._pairs:
+            rates["pairs_per_second"] = self._pairs * scale
+        self._restart()
+        return rates
 
 
 def _keep(line: str, resume_step: int | None) -> bool:
