@@ -89,6 +89,7 @@ def default() -> ConfigDict:
     p.batch_size = 64
 
     c.align = a = _training(learning_rate=1e-4, length="1 epochs", batch_size=32)
+    a.keep = "last"  # HR@1 would choose early steps, before biases have changed
     a.objective = "rosepo"  # a name of preference/objectives.py
     a.beta = 0.1
     a.aggregator = "pairs"  # K > 1 rejected in dpo, rosepo, robust, ipo, hinge, simpo: pairs | lse | mean
@@ -163,6 +164,7 @@ def _training(*, learning_rate: float, length: str, batch_size: int) -> ConfigDi
             weight_decay=0.0,
             clip=1.0,  # global gradient norm
             validate="10 %",  # interval of validation HR@1
+            keep="best",  # best | last: which parameters the stage hands on, those with the best validation HR@1 or the last
             max_bad_steps=10,  # updates skipped for a non-finite loss or gradient before the run is aborted
         )
     )

@@ -35,10 +35,10 @@ def train(
     first: Callable[[dict[str, float]], None] = lambda metrics: None,
     length: int | None = None,
 ) -> dict[str, float]:
-    """Trains `trainable` for `settings.length` updates and leaves the parameters of the best validation in `out`/model.
+    """Trains `trainable` for `settings.length` updates and leaves the best or the last parameters in `out`/model.
 
     `stream(start=, stop=)` yields this host's batches; `validate` gives metrics with "HR@1", the figure that chooses;
-    `first` sees the metrics of the very first update. Resumes from `out`/checkpoints. Returns the best validation.
+    `first` sees the metrics of the very first update. Resumes from `out`/checkpoints. Returns their validation.
     """
     # ---- Set-up: length, optimiser, state -------------------------------------------------------------------------
     sharding.check_batch(mesh, f"{name}.batch_size", settings.batch_size, settings.accumulate)
@@ -48,6 +48,8 @@ def train(
         key: max(1, units(value, key, total=total))
         for key, value in (("checkpoint.every", config.checkpoint.every), (f"{name}.validate", settings.validate))
     }
+    if settings.keep not in ("best", "last"):
+        raise UserError(f"{name}.keep={settings.keep!r}: choose best or last")
     transformation, schedule = optimizer.make(settings, name, total, rows)
     initialise = functools.partial(init_state, transformation=transformation)
     layout = state_sharding(mesh, jax.eval_shape(initialise, trainable))
@@ -55,7 +57,7 @@ def train(
 
     # ---- Restore ---------------------------------------------------------------------------------------------------
     checkpoints = checkpoint.Checkpoints(out / "checkpoints", config.checkpoint.keep)
-    meta: dict[str, Any] = {"step": 0, "best": None, "stale": 0}
+    meta: dict[str, Any] = {"step": 0, "kept": None, "stale": 0}
     if (found := checkpoints.restore(state)) is not None:
         state, meta = found
     writer = MetricWriter(out, tensorboard=config.log.tensorboard, resume_step=meta["step"] if found else -1)
@@ -68,17 +70,17 @@ def train(
     )
 
     def check(number: int, trainable: Mapping[str, jax.Array]) -> None:
-        """Validates; the best parameters so far are what the stage hands on."""
+        """Validates; what the stage hands on are the best parameters so far, or simply the latest."""
         figures = validate(trainable)
         writer.scalars(number, {f"validation/{key}": value for key, value in figures.items()})
-        if meta["best"] is None or figures["HR@1"] > meta["best"]["HR@1"]:
+        better = meta["kept"] is None or figures["HR@1"] > meta["kept"]["HR@1"]
+        meta["stale"] = 0 if better else meta["stale"] + 1
+        if better or settings.keep == "last":
             checkpoint.save_params(out / "model", trainable)
-            meta.update(best=figures | {"step": number}, stale=0)
-        else:
-            meta["stale"] += 1
+            meta["kept"] = figures | {"step": number}
 
     # ---- Loop: metrics are read one update late, so that the device never waits for the host -----------------------
-    if meta["step"] == 0 and meta["best"] is None:
+    if meta["step"] == 0 and meta["kept"] is None:
         check(0, state.trainable)
     late: tuple[int, dict[str, jax.Array], dict[str, np.ndarray]] | None = None
     start, throughput = meta["step"], Throughput()
@@ -133,7 +135,7 @@ def train(
                 checkpoints.save(number, state, meta)
             if ended:
                 break
-    return meta["best"]
+    return meta["kept"]
 
 
 def state_sharding(mesh: Mesh, state: TrainState) -> TrainState:
