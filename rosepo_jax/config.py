@@ -164,7 +164,7 @@ def _training(*, learning_rate: float, length: str, batch_size: int) -> ConfigDi
             weight_decay=0.0,
             clip=1.0,  # global gradient norm
             validate="10 %",  # interval of validation HR@1
-            keep="best",  # best | last: which parameters the stage hands on, those with the best validation HR@1 or the last
+            keep="best",  # best | last: hand on the parameters of the best validation HR@1, or the last ones
             max_bad_steps=10,  # updates skipped for a non-finite loss or gradient before the run is aborted
         )
     )

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from rosepo_jax import config as defaults
 from rosepo_jax.errors import UserError
 from rosepo_jax.training import checkpoint, loop, sharding
+from rosepo_jax.training.metrics import Throughput
 from rosepo_jax.training.step import Task
 
 STEPS, BATCH = 12, 8
@@ -29,7 +30,9 @@ def batch_of(step):
     x = generator.normal(size=(BATCH, 4)).astype(np.float32)
     mask = np.arange(8) < generator.integers(1, 9, (BATCH, 1))
     y = x @ TRUTH + 0.1 * generator.normal(size=(BATCH, 8)).astype(np.float32)
-    return {"row_B": 1000 * step + np.arange(BATCH, dtype=np.int32), "x": x, "y": y, "mask": mask}
+    ids = 1000 * step + np.arange(BATCH, dtype=np.int32)
+    lengths = {"prompt_mask_BxP": mask, "response_mask_BxRxT": mask[:, None, :3]}  # what is counted for the rates
+    return {"row_B": ids, "x": x, "y": y, "mask": mask, **lengths}
 
 
 def stream(*, start, stop):
@@ -75,7 +78,7 @@ def train(out, *, stream=stream, validate=by_distance, log_every=1, task=TASK, f
 def rows(out):
     """metrics.jsonl without what a clock decides."""
     lines = (pathlib.Path(out) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "prompts_per_second"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if not k.endswith("_per_second")} for line in lines]
 
 
 def model(out):
@@ -234,3 +237,22 @@ def test_batches_that_do_not_divide_are_refused_before_anything_is_written(tmp_p
     with pytest.raises(UserError, match=r"sft\.batch_size=8 must be a multiple of 6"):
         train(tmp_path, accumulate=3)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_last_parameters_are_handed_on_when_asked(tmp_path):
+    worse = iter(range(0, -100, -1))  # validation falls all the time: the best would be the start
+    kept = train(tmp_path, validate=lambda trainable: {"HR@1": float(next(worse))}, keep="last")
+    assert kept["step"] == STEPS
+    like = {"embedding": jax.device_put(START)}
+    assert not np.array_equal(checkpoint.load_params(tmp_path / "model", like)["embedding"], START)
+    with pytest.raises(UserError, match=r"sft\.keep"):
+        train(tmp_path / "other", keep="first")
+
+
+def test_rates_count_real_tokens_prompts_and_pairs(monkeypatch):
+    clock = iter([10.0, 12.0, 12.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    throughput = Throughput()
+    mask = np.array([[[True, True], [True, False], [True, True]]] * 4)
+    throughput.count({"prompt_mask_BxP": np.ones((4, 5), bool), "response_mask_BxRxT": mask})
+    assert throughput.read() == {"prompts_per_second": 2.0, "tokens_per_second": 20.0, "pairs_per_second": 4.0}
