@@ -27,6 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.sft.batch_size, c.sft.learning_rate, c.sft.length, c.sft.weight_decay = 128, 1e-3, "1500 steps", 0.1
     c.sft.validate, c.sft.patience = "100 steps", 3
     c.pairs.rows, c.pairs.negatives, c.pairs.strategy = "held_out", 8, "self_hard:0.3,uniform:0.7"
+    c.pairs.alpha, c.pairs.top = 1.3, 20  # pairs.strategy = popularity, semantic
     c.align.batch_size, c.align.learning_rate, c.align.length, c.align.beta = 64, 6e-4, "400 steps", 0.5
     return config.variant(c, arg)
 
