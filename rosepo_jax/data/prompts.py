@@ -6,7 +6,6 @@ is ever inferred from `ids != pad`. A prompt that is too long drops its oldest h
 """
 
 import dataclasses
-import functools
 import pathlib
 import string
 from collections.abc import Iterable, Sequence
@@ -162,10 +161,6 @@ class Encoder:
                     "end-of-sequence; raise model.response_length"
                 )
         return rows
-
-    @functools.cached_property
-    def special_ids(self) -> frozenset[int]:
-        return frozenset(i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special)
 
 
 def pad(rows: Sequence[Sequence[int]], length: int, value: int) -> tuple[np.ndarray, np.ndarray]:

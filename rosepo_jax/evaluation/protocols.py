@@ -73,7 +73,7 @@ def floors(config: ConfigDict, catalogue: Catalogue, data: Mapping[str, Rows], o
     scorer = Oracle.load(oracle)
 
     def popularity(rows, items_ExC):
-        return catalogue.count_I.astype(np.float64)[items_ExC]
+        return baselines.popularity_scores(catalogue.count_I, items_ExC)
 
     def cooccurrence(rows, items_ExC):
         return baselines.cooccurrence_scores(counts, rows.history_ExN, items_ExC)
@@ -217,8 +217,10 @@ class Truth:
         path = prepared / "truth.npz"
         return cls(np.load(path, allow_pickle=False)["utility_UxI"]) if path.is_file() else None
 
-    def figures(self, setting: Setting, answers: Mapping[str, Answers], pairs: Pairs) -> dict:
+    def figures(self, setting: Setting, answers: Mapping[str, Answers], pairs: Pairs) -> tuple[dict, dict]:
         """True-preference win rate and pair accuracy of every model, and epsilon against the true label flips.
+
+        Returns the figures, and every model's win rates by row.
 
         A label is truly flipped when the user likes the first rejected item more than the chosen one.
         """
@@ -233,7 +235,7 @@ class Truth:
                 "true_pair_accuracy": metrics.true_pair_accuracy(answer.full_score_ExC, utility_ExC),
             }
             models[name] = metrics.summary(values, rows.user_E, e.bootstrap, setting.config.seed)
-        figures: dict = {"models": models, "by_row": wins}
+        figures: dict = {"models": models}
         if pairs.has_items and pairs.has_epsilon:
             utility_ExR = np.take_along_axis(self.utility_UxI[pairs.user_E], pairs.item_ExR, axis=1)
             quality = metrics.epsilon_quality(pairs.epsilon_ExK[:, 0], utility_ExR[:, 0] < utility_ExR[:, 1])
@@ -244,4 +246,4 @@ class Truth:
                 "epsilon_mean": quality["mean"],
                 "flip_share": quality["flipped"],
             }
-        return figures
+        return figures, wins

@@ -27,10 +27,8 @@ class Oracle:
         config, params, facts = sasrec.load(directory)
         return cls(config, params, facts["tau"])
 
-    def scores(self, history_ExN: np.ndarray, item_ExC: np.ndarray | None = None) -> np.ndarray:
-        """Scores [E, C] float32 of some items, or [E, I] of the whole catalogue."""
-        if item_ExC is None:
-            item_ExC = np.broadcast_to(np.arange(self.config.items)[None], (len(history_ExN), self.config.items))
+    def scores(self, history_ExN: np.ndarray, item_ExC: np.ndarray) -> np.ndarray:
+        """Scores [E, C] float32 of some items after each history."""
         found = np.zeros(item_ExC.shape, np.float32)
         for block, real in batches.blocks(len(history_ExN), BLOCK):
             score_BxI = np.asarray(_scores(self.config, self.params, jnp.asarray(history_ExN[block])))

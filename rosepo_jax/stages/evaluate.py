@@ -27,6 +27,7 @@ COMPARED = (  # (protocol, metric, models beside "aligned")
     ("catalogue", "HR@5", ("sft", "sft_more")),
     ("catalogue", "popularity_lift", ("sft", "sft_more")),
     ("catalogue", "semantic_error_rate", ("sft", "sft_more")),
+    ("candidates", "true_win_rate", ("sft", "sft_more")),  # worlds only
 )
 
 
@@ -65,10 +66,11 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
             path = out / "predictions" / f"{name}.{model}.jsonl"
             files.write_jsonl(path, protocols.predictions(setting, answer))
         if name == "candidates" and truth is not None:
-            results["truth"] = truth.figures(setting, answers, pairs.read(inputs["pairs"] / "pairs.parquet"))
-    results["comparisons"] = compare(config, by_row, data["test"].user_E, results.get("truth"))
-    if truth is not None and "truth" in results:
-        results["truth"].pop("by_row")
+            rows_of_pairs = pairs.read(inputs["pairs"] / "pairs.parquet")
+            results["truth"], wins = truth.figures(setting, answers, rows_of_pairs)
+            for model, win_E in wins.items():
+                by_row[name][model]["true_win_rate"] = win_E
+    results["comparisons"] = compare(config, by_row, data["test"].user_E)
     files.write_json(out / "results.json", runtime.plain(results))
     headline = results["protocols"].get("candidates", {"models": {}})["models"]
     return {model: cell["HR@1"]["value"] for model, cell in headline.items()}
@@ -112,22 +114,17 @@ def train_more(config, model: policy.Policy, catalogue: Catalogue, data: dict, i
     )
 
 
-def compare(config, by_row: dict, user_E: np.ndarray, truth: dict | None) -> list[dict]:
+def compare(config, by_row: dict, user_E: np.ndarray) -> list[dict]:
     """Paired comparisons of the aligned model, with Holm's adjustment over all of them."""
     found = []
     for protocol, metric, others in COMPARED:
         models = by_row.get(protocol, {})
         for other in others:
-            if "aligned" in models and other in models:
+            if other in models and metric in models[other] and "aligned" in models:
                 test = significance.compare(
                     models["aligned"][metric], models[other][metric], user_E, config.evaluate.bootstrap, config.seed
                 )
                 found.append({"protocol": protocol, "metric": metric, "a": "aligned", "b": other} | test)
-    for other in ("sft", "sft_more"):
-        if truth is not None and other in truth["by_row"]:
-            rows = truth["by_row"]
-            test = significance.compare(rows["aligned"], rows[other], user_E, config.evaluate.bootstrap, config.seed)
-            found.append({"protocol": "candidates", "metric": "true_win_rate", "a": "aligned", "b": other} | test)
     tested = [row for row in found if row["p"] is not None]
     for row, adjusted in zip(tested, significance.holm([row["p"] for row in tested])):
         row["p_holm"] = adjusted

@@ -21,7 +21,7 @@ DECODER = DecoderConfig(vocabulary=11, width=8, layers=2, heads=2, kv_heads=1, h
 def workdir(tmp_path, monkeypatch):
     """A run as its manifests record it; the parameters are new ones."""
     config = default()
-    config.data.path = "/home/someone/logs"
+    config.data.path = "/elsewhere/logs"
     manifest = {
         "identity": "id-align",
         "code": "0.1.0+abc",
@@ -81,7 +81,7 @@ def test_writes_a_directory_with_a_card(workdir, tmp_path, capsys):
         '"beta": 0.1',
     ):
         assert text in card, text
-    assert "/home/someone" not in card and '"path": "logs"' in card
+    assert "/elsewhere" not in card and '"path": "logs"' in card
     assert "0.77" not in card
     settings = json.loads(card.split("```json\n")[1].split("```")[0])
     assert ConfigDict(settings).align.objective == "rosepo"
