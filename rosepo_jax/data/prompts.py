@@ -6,6 +6,7 @@ is ever inferred from `ids != pad`. A prompt that is too long drops its oldest h
 """
 
 import dataclasses
+import functools
 import pathlib
 import string
 from collections.abc import Iterable, Sequence
@@ -15,12 +16,20 @@ import numpy as np
 from rosepo_jax import files
 from rosepo_jax.errors import UserError
 
-SLOTS = {"history", "history_count", "candidates", "candidate_count"}
+HISTORY = {"history", "history_line"}
+CANDIDATES = {"candidates", "candidates_line"}
+SLOTS = {*HISTORY, "history_count", *CANDIDATES, "candidate_count"}
+DATE = "26 Jul 2024"  # for chat templates that print today's date
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """A prompt with named slots; titles stand one a line. The trailing newline is part of the prompt."""
+    """A prompt with named slots. The trailing newline is part of the prompt.
+
+    `{history}` and `{candidates}` list titles one a line, `{history_line}` and `{candidates_line}` the same titles
+    joined by ", "; `{history_count}` and `{candidate_count}` are the numbers of titles really listed.
+    Origins of the shipped files: data/templates/README.md.
+    """
 
     text: str
 
@@ -32,21 +41,42 @@ class Template:
         if not path.is_file():
             known = ", ".join(sorted(p.stem for p in shipped.parent.glob("*.txt")))
             raise UserError(f"data.template: no template {name!r}: give a path or one of {known}")
-        text = path.read_text("utf-8")
-        slots = {slot for _, slot, _, _ in string.Formatter().parse(text) if slot is not None}
-        if "history" not in slots or slots - SLOTS:
-            raise UserError(f"{path}: needs the slot {{history}} and may use {sorted(SLOTS)}, found {sorted(slots)}")
-        return cls(text)
+        try:
+            template = cls(path.read_text("utf-8"))
+            slots = template.slots
+        except ValueError as error:
+            raise UserError(f"{path}: {error}; write UTF-8, and {{{{ or }}}} for a brace that is no slot's") from None
+        if not slots & HISTORY or slots - SLOTS:
+            raise UserError(
+                f"{path}: needs the slot {{history}} or {{history_line}} and may use {sorted(SLOTS)}, "
+                f"found {sorted(slots)}"
+            )
+        if slots >= HISTORY or slots >= CANDIDATES:
+            raise UserError(f"{path}: lists the same titles in two ways, found {sorted(slots)}; keep one of them")
+        if "candidate_count" in slots and not template.uses_candidates:
+            raise UserError(f"{path}: counts candidates but lists none; add {{candidates}} or drop {{candidate_count}}")
+        return template
+
+    @property
+    def slots(self) -> set[str]:
+        """Slots as written, with any format or conversion: `{history!r}` is "history!r" and so no slot of SLOTS."""
+        return {
+            name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            for _, name, spec, conversion in string.Formatter().parse(self.text)
+            if name is not None
+        }
 
     @property
     def uses_candidates(self) -> bool:
-        return "{candidates}" in self.text
+        return bool(self.slots & CANDIDATES)
 
     def render(self, history: Sequence[str], candidates: Sequence[str] = ()) -> str:
         return self.text.format(
             history="\n".join(history),
+            history_line=", ".join(history),
             history_count=len(history),
             candidates="\n".join(candidates),
+            candidates_line=", ".join(candidates),
             candidate_count=len(candidates),
         )
 
@@ -85,52 +115,103 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, directory: pathlib.Pa
 
 
 class Encoder:
-    """Titles and prompts to ids. `prompt_length` and `response_length` are the config's P and T."""
+    """Titles and prompts to ids. `prompt_length` and `response_length` are the config's P and T.
+
+    eos: ends every response. In a chat it is the control token that the chat template puts after an assistant's message
+    (<|eot_id|>, <|im_end|>, <end_of_turn>), which is where serving stacks stop; otherwise the tokenizer's own.
+    before, after: the ids around every prompt's text.
+
+    Control tokens are those marked special and those that the chat template writes. Other added tokens are vocabulary.
+    """
 
     def __init__(self, directory, template: Template, prompt_length: int, response_length: int, chat: bool = False):
         import transformers
 
         self.template, self.prompt_length, self.response_length = template, prompt_length, response_length
         if not (pathlib.Path(directory) / "tokenizer.json").is_file():
-            raise UserError(f"{directory}: no tokenizer.json (a fast tokenizer is needed)")
+            raise UserError(
+                f"{directory}: no tokenizer.json; transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) "
+                "writes one"
+            )
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(directory), trust_remote_code=False, local_files_only=True
         )
         if tokenizer.eos_token_id is None:
             raise UserError(f"{directory}: the tokenizer names no end-of-sequence token")
+        if chat and not tokenizer.chat_template:
+            raise UserError(f"model.chat_template: the tokenizer in {directory} has no chat template")
         self.eos: int = tokenizer.eos_token_id
         self.pad: int = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         self.before: list[int] = [tokenizer.bos_token_id] if begins else []
         self.after: list[int] = []
-        self._tokenizer = tokenizer.backend_tokenizer
+        written = str(tokenizer.chat_template or "")
+        self._control = {
+            id: token.content
+            for id, token in tokenizer.added_tokens_decoder.items()
+            if token.special or (token.content in written and not token.content.isspace())
+        }
+        self._unknown = tokenizer.unk_token_id
+        self._chat, self._lead, self._tail = chat, "", ""
+        self._tokenizer = self._prompt_tokenizer = tokenizer.backend_tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         if chat:
-            if not tokenizer.chat_template:
-                raise UserError(f"model.chat_template: the tokenizer in {directory} has no chat template")
-            slot = "\u241fslot\u241f"  # stands for the prompt, which must be encoded apart from the control tokens
-            rendered = tokenizer.apply_chat_template(
-                [{"role": "user", "content": slot}], tokenize=False, add_generation_prompt=True
-            )
-            before, after = str(rendered).split(slot)
-            self._tokenizer.encode_special_tokens = False
-            self.before = self._tokenizer.encode(before, add_special_tokens=False).ids
-            self.after = self._tokenizer.encode(after, add_special_tokens=False).ids
-        self._tokenizer.encode_special_tokens = True  # a control token's text inside a title stays plain text
+            self._enter_chat(*_around(tokenizer, directory))
+        for each in (self._tokenizer, self._prompt_tokenizer):
+            each.add_special_tokens(list(self._control.values()))  # adds none: it makes them count as special
+            each.encode_special_tokens = True  # a control token's text inside a title stays plain text
         self.identity = files.hash_json(
-            [files.hash_tree(pathlib.Path(directory) / "tokenizer.json"), template.text, prompt_length, chat]
+            [
+                files.hash_tree(pathlib.Path(directory) / "tokenizer.json"),
+                *(template.text, prompt_length, chat),
+                *(self.before, self._lead, self._tail, self.after, self.eos),
+            ]
         )
+
+    def _enter_chat(self, before: str, after: str, ending: str) -> None:
+        """Takes over what the chat template writes before and after a prompt's text, and after a response.
+
+        What stands between the text and the nearest control tokens is encoded with the text, as one piece: so prompts
+        have the ids that chat users' prompts have, also where a tokenizer merges across that boundary.
+        """
+        self._tokenizer.encode_special_tokens = False
+        first, last, end = (self._tokenizer.encode(text, add_special_tokens=False) for text in (before, after, ending))
+        start = max((place + 1 for place, id in enumerate(first.ids) if id in self._control), default=0)
+        stop = next((place for place, id in enumerate(last.ids) if id in self._control), len(last.ids))
+        self.before, self._lead = first.ids[:start], before[first.offsets[start - 1][1] if start else 0 :]
+        self.after, self._tail = last.ids[stop:], after[: last.offsets[stop][0] if stop < len(last.ids) else len(after)]
+        if end.ids and end.ids[0] in self._control:
+            self.eos = end.ids[0]
+        if self.before:  # SentencePiece's leading blank belongs to the beginning of a text only
+            state = self._tokenizer.to_str().replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
+            self._prompt_tokenizer = type(self._tokenizer).from_str(state)
+
+    def _encode(self, tokenizer, texts: Sequence[str]) -> list[list[int]]:
+        """Ids without any control token, not even one that the tokenizer has learned to merge from its letters."""
+        rows = [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        return [
+            ids if self._control.keys().isdisjoint(ids) else [piece for id in ids for piece in self._spell(id)]
+            for ids in rows
+        ]
+
+    def _spell(self, id: int) -> list[int]:
+        if id not in self._control or id == self._unknown:
+            return [id]
+        return [piece.id for letter in self._control[id] for piece in self._tokenizer.model.tokenize(letter)]
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts, without any control token."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        return self._encode(self._tokenizer, texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def prompt_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[*self.before, *ids, *self.after] for ids in self.ids(texts)]
+        """Ids of each prompt. In a chat, white space around the text is dropped, as chat templates do."""
+        if self._chat:
+            texts = [self._lead + text.strip() + self._tail for text in texts]
+        return [[*self.before, *ids, *self.after] for ids in self._encode(self._prompt_tokenizer, texts)]
 
     def prompt_texts(self, histories: Sequence[Sequence[str]], candidates: Sequence[Sequence[str]] | None) -> list[str]:
         """Rendered prompts that fit P tokens; the oldest history items are dropped where they do not."""
@@ -161,6 +242,23 @@ class Encoder:
                     "end-of-sequence; raise model.response_length"
                 )
         return rows
+
+
+def _around(tokenizer, directory) -> tuple[str, str, str]:
+    """What the chat template writes before and after the user's text, and after the assistant's.
+
+    The same on every day: the date is fixed. Thinking is off, so that the title follows at once.
+    """
+    user, assistant = "\u241fuser\u241f", "\u241fassistant\u241f"
+    turns = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    fixed = f"{{% macro strftime_now(format) %}}{DATE}{{% endmacro +%}}" + tokenizer.get_chat_template()
+    render = functools.partial(
+        tokenizer.apply_chat_template, chat_template=fixed, tokenize=False, date_string=DATE, enable_thinking=False
+    )
+    parts = str(render(turns[:1], add_generation_prompt=True)).split(user)
+    if len(parts) != 2:
+        raise UserError(f"{directory}: the chat template must write the user's text once, not {len(parts) - 1} times")
+    return parts[0], parts[1], str(render(turns)).partition(assistant)[2]
 
 
 def pad(rows: Sequence[Sequence[int]], length: int, value: int) -> tuple[np.ndarray, np.ndarray]:

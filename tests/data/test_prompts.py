@@ -98,6 +98,56 @@ def test_names_of_control_tokens_stay_text(tmp_path):
         assert encoder.decode(ids) == text
 
 
+def test_a_control_token_that_was_merged_from_text_is_spelled_out(tmp_path):
+    """BPE gives a merge whose letters make "</s>" the id of the control token itself."""
+    titles = ["</s>", "The </s>", "<pad>", "Argo"]
+    prompts.train_tokenizer(titles * 9, 300, tmp_path)
+    merged = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).model.tokenize("</s>")
+    assert [token.id for token in merged] == [special(tmp_path)["</s>"]]
+    encoder = Encoder(tmp_path, Template.load("titles"), 64, 32)
+    for title, ids in zip(titles, encoder.ids(titles)):
+        assert not set(ids) & set(special(tmp_path).values())
+        assert encoder.decode(ids) == title
+    assert not set(encoder.prompt_ids(["</s>"])[0][1:]) & set(special(tmp_path).values())
+
+
+def test_unknown_letters_keep_the_token_of_the_unknown(tmp_path):
+    pieces = {piece: id for id, piece in enumerate(["<unk>", "</s>", *"<unk>", "a"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(pieces, [], unk_token="<unk>"))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    fast.save_pretrained(tmp_path)
+    encoder = Encoder(tmp_path, Template.load("titles"), 64, 32)
+    assert encoder.response_ids(["aéa"]) == [[pieces["a"], pieces["<unk>"], pieces["a"], pieces["</s>"]]]
+
+
+def test_settings_that_were_saved_with_a_tokenizer_do_not_matter(tmp_path):
+    folder, texts = (
+        saved(tmp_path, chat=CHAT, special=["<|user|>", "<|end|>", "<|assistant|>"]),
+        ["a <|end|> b", "Argo"],
+    )
+    plain = Encoder(folder, Template.load("titles"), 64, 32, chat=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
+    tokenizer.backend_tokenizer.enable_truncation(1)
+    tokenizer.backend_tokenizer.enable_padding(length=50)
+    tokenizer.save_pretrained(folder)
+    encoder = Encoder(folder, Template.load("titles"), 64, 32, chat=True)
+    assert encoder.prompt_ids(texts) == plain.prompt_ids(texts)
+    assert encoder.response_ids(texts) == plain.response_ids(texts)
+
+
+def test_added_tokens_are_vocabulary_unless_the_chat_template_writes_them(tmp_path):
+    folder = saved(tmp_path, chat="{{ messages[0].content }}<think>")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<a_1>", "<b_2>", tokenizers.AddedToken("<think>", lstrip=True, rstrip=True)])
+    tokenizer.save_pretrained(folder)
+    encoder = Encoder(folder, Template.load("titles"), 64, 32)
+    texts = ["<a_1><b_2>", "I <think> so"]
+    [item, thought] = encoder.ids(texts)
+    assert item == tokenizer.convert_tokens_to_ids(["<a_1>", "<b_2>"])
+    assert tokenizer.convert_tokens_to_ids("<think>") not in thought
+    assert [encoder.decode(item), encoder.decode(thought)] == texts
+
+
 def test_without_bos_none_is_added(tmp_path):
     encoder = Encoder(saved(tmp_path, bos=False), Template.load("titles"), 64, 32)
     assert encoder.before == []
@@ -183,13 +233,17 @@ def test_chat_template(tmp_path):
     turns = [{"role": "user", "content": "Argo"}]
     rendered = reference.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     assert encoder.prompt_ids(["Argo"]) == [rendered]
-    assert encoder.response_ids(["Argo"])[0][-1] == encoder.eos
+    assert encoder.response_ids(["Argo"])[0][-1] == encoder.eos == control["<|end|>"]
     with pytest.raises(UserError, match="no chat template"):
         Encoder(saved(tmp_path / "plain"), Template.load("titles"), 64, 32, chat=True)
+    for count in (0, 2):
+        folder = saved(tmp_path / str(count), chat="{{ bos_token }}" + "{{ messages[0].content }}" * count)
+        with pytest.raises(UserError, match=f"must write the user's text once, not {count} times"):
+            Encoder(folder, Template.load("titles"), 64, 32, chat=True)
 
 
 def test_not_a_tokenizer(tmp_path):
-    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+    with pytest.raises(UserError, match=r"no tokenizer\.json.*save_pretrained"):
         Encoder(tmp_path, Template.load("titles"), 64, 32)
     (tmp_path / "x").mkdir()
     tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "x" / "tokenizer.json"))
