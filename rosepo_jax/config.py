@@ -40,8 +40,11 @@ def default() -> ConfigDict:
     )
 
     c.model = m = ConfigDict()
-    m.path = ""  # a Hugging Face directory of llama type; "" = a new model of the preset below
-    m.vocabulary = 4096  # preset: size of the byte-level BPE trained on the titles of the training histories
+    m.path = ""  # a Hugging Face directory, or a hub id such as "Qwen/Qwen3-4B"; "" = a new model
+    m.revision = ""  # of a hub id: branch, tag or commit; "" = main. The commit is recorded
+    m.architecture = ""  # a file of rosepo_jax/models/architectures, or the path of a config.json: shape of a new
+    # model, and what `rosepo doctor` counts while model.path is not on this machine; "" = the preset below
+    m.vocabulary = 4096  # new model: size of the byte-level BPE trained on the titles of the training histories
     m.width = 128
     m.layers = 4
     m.heads = 4
@@ -55,7 +58,17 @@ def default() -> ConfigDict:
     m.param_dtype = "float32"
     m.remat = "none"  # none | full | dots: what the backward pass recomputes
     m.tuning = "full"  # full | lora
-    m.lora = ConfigDict(dict(rank=8, alpha=16.0, targets="attention/.*|mlp/.*"))
+    m.lora = ConfigDict(
+        dict(
+            rank=8,
+            alpha=16.0,
+            targets="attention/.*|mlp/.*",  # of attention/{query,key,value,output} and mlp/{gate,up,down}: a pattern
+            dropout=0.0,  # of the adapters' inputs, in SFT only: in alignment policy and reference must agree
+            rslora=False,  # scale by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732)
+        )
+    )
+    m.adapter = ""  # a PEFT directory that SFT starts from; its rank, alpha and targets replace those of model.lora
+    m.quantize = "none"  # none | int8 | nf4: how the frozen base of LoRA is kept
 
     c.oracle = o = ConfigDict()
     o.width = 64
@@ -118,7 +131,13 @@ def default() -> ConfigDict:
     e.sft_more = True  # the control: SFT continued for alignment's steps on alignment's rows
     e.max_generate = 0  # rows of the generate protocol; 0 = all
 
-    c.mesh = ConfigDict(dict(replica=1, fsdp=-1, tensor=1))  # -1 = all devices that are left
+    c.mesh = ConfigDict(
+        dict(
+            **dict(replica=1, fsdp=-1, tensor=1),  # -1 = all devices that are left
+            devices=0,  # devices that the run must find; 0 = whatever is there
+            hardware="",  # h100 | h200 | v5e | v5p: whose memory `rosepo doctor` counts with; "" = the devices here
+        )
+    )
     c.checkpoint = ConfigDict(dict(every="10 %", keep=2))
     c.log = ConfigDict(dict(every=10, tensorboard=True))  # every: steps
     return c
@@ -130,19 +149,82 @@ def variant(c: ConfigDict, arg: str) -> ConfigDict:
         raise UserError(f"unknown argument :{arg}; there is :smoke, or none")
     if not arg:
         return c
+    c.mesh = default().mesh
     c.data.max_validation = c.data.max_test = 48
     c.data.world.users, c.data.world.titles, c.data.world.series = 200, 60, 15
-    c.model.vocabulary = 512
+    c.model.path, c.model.architecture, c.model.chat_template, c.model.vocabulary = "", "", False, 512
     c.model.width, c.model.layers, c.model.heads, c.model.kv_heads, c.model.mlp_width = 32, 2, 4, 2, 64
     c.model.prompt_length, c.model.response_length = 512, 128  # a small vocabulary needs many tokens a title
     c.oracle.width, c.oracle.length = 32, "20 steps"
-    c.sft.batch_size, c.sft.length, c.sft.validate = 16, "20 steps", "50 %"
-    c.align.batch_size, c.align.length, c.align.validate = 16, "8 steps", "50 %"
-    c.pairs.max_rows = 64
-    c.evaluate.bootstrap, c.evaluate.max_generate = 100, 8
+    c.sft.batch_size, c.sft.accumulate, c.sft.length, c.sft.validate = 16, 1, "20 steps", "50 %"
+    c.align.batch_size, c.align.accumulate, c.align.length, c.align.validate = 16, 1, "8 steps", "50 %"
+    c.pairs.max_rows, c.pairs.batch_size = 64, 64
+    c.evaluate.batch_size, c.evaluate.bootstrap, c.evaluate.max_generate = 64, 100, 8
     c.checkpoint.every = "25 %"
     c.log.every = 1
     return c
+
+
+# Word of an argument -> device, how many, prompts that each holds at a time in training and in scoring.
+HARDWARE = {
+    "h100-1": ("h100", 1, 16, 4),
+    "h100-8": ("h100", 8, 8, 4),
+    "h200-1": ("h200", 1, 32, 8),
+    "h200-8": ("h200", 8, 16, 8),
+    "v5e-16": ("v5e", 16, 2, 1),
+    "v5p-64": ("v5p", 32, 4, 4),  # the name of the slice counts two cores a chip
+}
+# Word of an argument -> published rows (the source, its folder), the template and T that fit them.
+PUBLISHED = {
+    "movielens": ("llara", "data/llara-movielens", "movies", 32),
+    "steam": ("llara", "data/llara-steam", "games", 96),
+    "goodreads": ("sequences", "data/patchrec-goodreads", "books", 96),
+}
+
+
+def published_model(arg: str, *, path: str, architecture: str, data: str, full: str) -> ConfigDict:
+    """A run with the published model `path`, by the words of `NAME.py:WORD,WORD`.
+
+    full       trains all parameters (float32); without it, adapters on a frozen bfloat16 base
+    HARDWARE   what it runs on; default: one H100, or `full` for all parameters. Batches are the same on all of them:
+               what does not fit at a time is accumulated
+    PUBLISHED  the rows; default: `data`
+    smoke      a tiny new model on the same rows, anywhere
+
+    Learning rates are reconstructed: the usual ones for these sizes.
+    """
+    words = set(filter(None, arg.split(",")))
+    kinds = ({"full"}, set(HARDWARE), set(PUBLISHED), {"smoke"})
+    if not words <= set().union(*kinds) or any(len(words & kind) > 1 for kind in kinds):
+        choices = "; ".join(" | ".join(kind) for kind in (["full"], HARDWARE, PUBLISHED))
+        raise UserError(f"unknown argument :{arg}; there is :smoke, and at most one of each of: {choices}")
+    everything = "full" in words
+    (hardware,) = words & set(HARDWARE) or {full if everything else "h100-1"}
+    (rows,) = words & set(PUBLISHED) or {data}
+
+    c = default()
+    c.data.source, c.data.path, c.data.template, c.model.response_length = PUBLISHED[rows]
+    c.data.split, c.data.held_out_share, c.data.max_validation = "given", 0.3, 500
+    c.data.core_user = c.data.core_item = 1  # the published rows, all of them
+    c.model.path, c.model.architecture, c.model.chat_template = path, architecture, True
+    c.model.prompt_length, c.model.dtype, c.model.remat = 512, "bfloat16", "full"
+    c.model.tuning, c.model.param_dtype = ("full", "float32") if everything else ("lora", "bfloat16")
+    c.model.lora.rank, c.model.lora.alpha = 16, 32.0
+    c.sft.batch_size, c.sft.length, c.sft.validate = 128, "5 epochs" if rows == "steam" else "1 epochs", "25 %"
+    c.align.batch_size, c.align.length, c.align.validate = 64, "1 epochs", "25 %"
+    c.sft.learning_rate, c.align.learning_rate = (1e-5, 1e-6) if everything else (1e-4, 1e-5)
+    c.pairs.rows, c.pairs.negatives, c.pairs.strategy = "held_out", 3, "self_hard:0.3,uniform:0.7"
+    c.pairs.max_rows = 16000
+    c.evaluate.max_generate = 500
+
+    device, devices, training, scoring = HARDWARE[hardware]
+    c.mesh.hardware, c.mesh.devices = device, devices
+    if not everything and device != "v5e":  # every device holds the base: nothing is gathered
+        c.mesh.replica, c.mesh.fsdp = -1, 1
+    for section in (c.sft, c.align):
+        section.accumulate = max(section.batch_size // (devices * training), 1)
+    c.pairs.batch_size = c.evaluate.batch_size = devices * scoring
+    return variant(c, "smoke" if "smoke" in words else "")
 
 
 def beta_by_smoothing(betas: tuple[float, ...] = (0.1, 0.3, 1.0)) -> list[dict]:

@@ -33,12 +33,16 @@ def stream(
     start: int,
     stop: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This host's part of batches start..stop-1; `encode(row numbers)` makes the arrays (leading axis: rows)."""
+    """This host's part of batches start..stop-1; `encode(row numbers)` makes the arrays (leading axis: rows).
+
+    `update_B`, the number of the batch, stands beside them: with the row number it names every random draw of a row.
+    """
     host, hosts = jax.process_index(), jax.process_count()
     mine = slice(host * batch_size // hosts, (host + 1) * batch_size // hosts)
 
     def load(step: int) -> dict[str, np.ndarray]:
-        return encode(order(seed, step, batch_size, rows)[mine])
+        index_B = order(seed, step, batch_size, rows)[mine]
+        return encode(index_B) | {"update_B": np.full(len(index_B), step, np.int32)}
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     return iter(grain.MapDataset.range(start, stop).map(load).to_iter_dataset(options))

@@ -1,29 +1,34 @@
-"""Hugging Face directories of llama type in and out: config.json and safetensors, one file or shards with an index.
+"""Hugging Face directories in and out: config.json and safetensors, one file or shards with an index.
 
 Kernels are [in, out] here and [out, in] there; the layers are stacked on axis 0 here and separate tensors there.
 Nothing else differs: both rotate the pairs (i, i + E/2) of a head, so that query and key need no permutation.
 """
 
-import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 import tokenizers
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from rosepo_jax import files
 from rosepo_jax.errors import UserError
-from rosepo_jax.models.decoder import DecoderConfig
+from rosepo_jax.models import families, quantize
+from rosepo_jax.models.decoder import DecoderConfig, LanguageModel
 
 SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = (
@@ -38,158 +43,82 @@ TOKENIZER_FILES = (
 )
 _INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")  # unpickling runs code from the file
-_FLOATS = {"F64", "F32", "F16", "BF16"}
-_LAYER = {  # path below blocks/ -> name below model.layers.N.
-    "attention_norm/scale": "input_layernorm",
-    "attention/query/kernel": "self_attn.q_proj",
-    "attention/key/kernel": "self_attn.k_proj",
-    "attention/value/kernel": "self_attn.v_proj",
-    "attention/output/kernel": "self_attn.o_proj",
-    "mlp_norm/scale": "post_attention_layernorm",
-    "mlp/gate/kernel": "mlp.gate_proj",
-    "mlp/up/kernel": "mlp.up_proj",
-    "mlp/down/kernel": "mlp.down_proj",
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_CHUNK = 8 << 20  # bytes of a file that are held at a time
+_LAYER = {  # module below blocks/ -> name below model.layers.N.
+    "attention_norm": "input_layernorm",
+    "attention/query": "self_attn.q_proj",
+    "attention/key": "self_attn.k_proj",
+    "attention/value": "self_attn.v_proj",
+    "attention/output": "self_attn.o_proj",
+    "attention/query_norm": "self_attn.q_norm",
+    "attention/key_norm": "self_attn.k_norm",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp/gate": "mlp.gate_proj",
+    "mlp/up": "mlp.up_proj",
+    "mlp/down": "mlp.down_proj",
 }
-_NEUTRAL: dict[str, Any] = {  # fields that must be absent, null or this: the decoder does not compute anything else
-    "attention_bias": False,
-    "mlp_bias": False,
-    "attention_dropout": 0,
-    "partial_rotary_factor": 1,
-    "quantization_config": None,
+_SANDWICH = {  # the same name means another norm where norms also stand behind attention and MLP
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
 }
-_ROPE: dict[str, tuple[str, ...]] = {  # scaling type -> its numbers
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+_TOP = {"embedding": "model.embed_tokens.weight", "norm/scale": "model.norm.weight", "head/kernel": "lm_head.weight"}
 
 
 def shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter, by path."""
-    c = config
-    query, key_value = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    layer = {
-        "attention_norm/scale": (c.width,),
-        "attention/query/kernel": (c.width, query),
-        "attention/key/kernel": (c.width, key_value),
-        "attention/value/kernel": (c.width, key_value),
-        "attention/output/kernel": (query, c.width),
-        "mlp_norm/scale": (c.width,),
-        "mlp/gate/kernel": (c.width, c.mlp_width),
-        "mlp/up/kernel": (c.width, c.mlp_width),
-        "mlp/down/kernel": (c.mlp_width, c.width),
-    }
-    result: dict[str, tuple[int, ...]] = {"embedding": (c.vocabulary, c.width), "norm/scale": (c.width,)}
-    result |= {f"blocks/{path}": (c.layers, *shape) for path, shape in layer.items()}
-    return result if c.tie_embeddings else {**result, "head/kernel": (c.width, c.vocabulary)}
+    described = jax.eval_shape(LanguageModel(config).init, jax.random.key(0))
+    return {path: value.shape for path, value in described.items()}
 
 
 def read_config(directory: str | os.PathLike) -> DecoderConfig:
-    """The decoder that config.json describes. UserError names the field that is missing or not supported.
-
-    Rotary settings are taken from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before).
-    """
+    """The decoder that the directory's config.json describes (see `families.read_config`)."""
     directory = pathlib.Path(directory)
     if directory.suffix in _PICKLED:
         raise _pickled(directory)
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; give a local Hugging Face directory of llama type")
-    path = directory / "config.json"
-    raw = files.read_json(path)
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: not a JSON object")
-    if raw.get("model_type", "llama") != "llama" or raw.get("architectures") not in (None, ["LlamaForCausalLM"]):
-        raise UserError(
-            f"{path}: model_type {raw.get('model_type')!r} with architectures {raw.get('architectures')!r} is not"
-            " supported; use a model of type llama (LlamaForCausalLM)"
-        )
-    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UserError(f"{path}: hidden_act = {raw['hidden_act']!r} is not supported, only silu")
-    for key, neutral in _NEUTRAL.items():
-        if raw.get(key) is not None and raw[key] != neutral:
-            raise UserError(f"{path}: {key} = {raw[key]!r} is not supported, only {json.dumps(neutral)}")
-
-    heads = _number(path, raw, "num_attention_heads", int)
-    width = _number(path, raw, "hidden_size", int)
-    kv_heads = _number(path, raw, "num_key_value_heads", int, heads)
-    head_dim = _number(path, raw, "head_dim", int, width // heads)
-    if heads % kv_heads or head_dim % 2:
-        raise UserError(
-            f"{path}: num_attention_heads {heads}, num_key_value_heads {kv_heads}, head_dim {head_dim} do not fit:"
-            " the second must divide the first, the third be even"
-        )
-    tied = raw.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
-        raise UserError(f"{path}: tie_word_embeddings = {tied!r} is not true or false")
-    theta, scaling = _rope(path, raw)
-    return DecoderConfig(
-        vocabulary=_number(path, raw, "vocab_size", int),
-        width=width,
-        layers=_number(path, raw, "num_hidden_layers", int),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        mlp_width=_number(path, raw, "intermediate_size", int),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_epsilon=_number(path, raw, "rms_norm_eps", float, 1e-6),
-        tie_embeddings=tied,
-        max_positions=_number(path, raw, "max_position_embeddings", int, 2048),
-    )
+        raise UserError(f"{directory}: no such directory; give a local Hugging Face directory")
+    return families.read_config(directory / "config.json")
 
 
-def read(directory: str | os.PathLike, config: DecoderConfig, param_dtype: str = "float32") -> dict[str, np.ndarray]:
+def read(
+    directory: str | os.PathLike,
+    config: DecoderConfig,
+    param_dtype: str = "float32",
+    layout: Mapping[str, Sharding] | None = None,
+    quantized: str = "none",
+) -> dict[str, jax.Array]:
     """All parameters of a directory by path, cast to `param_dtype`; every tensor is accounted for.
+
+    Each is read by byte range straight into its shards, one tensor of the files at a time: the host never holds more
+    than the largest part of one tensor beside the shards. `layout` gives the sharding of each path (default: the first
+    device). `quantized` keeps the kernels of the blocks in that format of `quantize.py`.
 
     Errors: UserError that names missing, unknown or misshapen tensors, damaged files, or weights in a pickle format.
     """
     directory = pathlib.Path(directory)
-    expected = {name: shape for _, names, shape in _tensors(config) for name in names}
-    with contextlib.ExitStack() as stack:
-        tensors = {}
-        for file in _weight_files(directory):
-            try:
-                handle = stack.enter_context(safetensors.safe_open(file, framework="np"))
-            except safetensors.SafetensorError as error:
-                raise UserError(f"{file}: damaged or not a safetensors file ({error}); fetch it again") from None
-            for name in handle.keys():  # noqa: SIM118 (a handle is no mapping)
-                if name in tensors:
-                    raise UserError(f"{file}: tensor {name} is in two files; remove the stale one")
-                tensors[name] = handle
-        known = {name for name in tensors if not _is_buffer(name)}
-        if config.tie_embeddings:
-            known.discard("lm_head.weight")
-        for kind, differ in (("missing", expected.keys() - known), ("unknown", known - expected.keys())):
-            if differ:
-                raise UserError(
-                    f"{directory}: {_few(differ)}: {kind}; config.json and the weights must describe the same model"
-                )
-        for name, shape in expected.items():
-            view = tensors[name].get_slice(name)
-            if tuple(view.get_shape()) != shape:
-                raise UserError(
-                    f"{directory}: {name} has shape {tuple(view.get_shape())}, but config.json asks for {shape}"
-                )
-            if view.get_dtype() not in _FLOATS:
-                raise UserError(
-                    f"{directory}: {name} has dtype {view.get_dtype()}; quantised weights are not supported"
-                )
-        if config.tie_embeddings and "lm_head.weight" in tensors:
-            head = tensors["lm_head.weight"].get_tensor("lm_head.weight")
-            embedding = tensors["model.embed_tokens.weight"].get_tensor("model.embed_tokens.weight")
-            if not np.array_equal(head, embedding):
-                raise UserError(
-                    f"{directory}: lm_head.weight differs from model.embed_tokens.weight, but config.json says"
-                    " tie_word_embeddings = true; set it to false"
-                )
-        params = {}
-        target = shapes(config)
-        for path, names, _ in _tensors(config):
-            params[path] = np.empty(target[path], jnp.dtype(param_dtype))
-            slots = params[path] if path.startswith("blocks/") else params[path][None]
-            for slot, name in zip(slots, names):
-                tensor = tensors[name].get_tensor(name)
-                slot[...] = tensor.T if path.endswith("/kernel") else tensor
+    tensors = _account(directory, config)
+    here = SingleDeviceSharding(jax.devices()[0])
+    dtype = jnp.dtype(param_dtype)
+    params: dict[str, jax.Array] = {}
+    for path, names, shape in names_and_shapes(config):
+        sharding = layout[path] if layout else here
+        flip = path.endswith("/kernel")
+        if not path.startswith("blocks/"):
+            params[path] = _place(tensors[names[0]], shape, sharding, flip, dtype)
+            continue
+        for layer, name in enumerate(names):
+            value = _place(tensors[name], shape, _without_layers(sharding), flip, dtype)
+            if flip and quantized != "none":
+                kept = dict(zip((path, f"{path}_scale"), _quantize(quantized)(value)))
+            else:
+                kept = {path: value}
+            for where, part in kept.items():
+                if layer == 0:
+                    target = layout[where] if layout else here
+                    params[where] = jnp.zeros((config.layers, *part.shape), part.dtype, device=target)
+                params[where] = _put_layer(params[where].sharding)(params[where], part, layer)
     return params
 
 
@@ -201,34 +130,47 @@ def write(
     dtype: str = "float32",
     *,
     readme: str = "",
+    eos: int | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a directory that `transformers` loads as LlamaForCausalLM: all of it, or nothing.
+    """Writes a directory that `transformers` loads as the family's causal language model: all of it, or nothing.
 
-    Adapters must be merged before. The generation settings are neutral: greedy, with the tokenizer's own ids.
+    Adapters must be merged before. The generation settings are neutral: greedy, with the tokenizer's own ids; `eos` is
+    the token that ends a response where that is another one (the end of a chat turn).
     Errors: UserError when `directory` exists and is not empty; ValueError when the parameters are not the model's.
     """
-    directory = pathlib.Path(directory)
     given, target = {path: tuple(value.shape) for path, value in params.items()}, shapes(config)
     if given != target:
         differ = {path for path in given.keys() | target.keys() if given.get(path) != target.get(path)}
-        raise ValueError(f"parameters do not fit the configuration: {_few(differ)}")
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise UserError(f"{directory}: exists and is not an empty directory; remove it or choose another")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-    try:
-        ids = {}
+        raise ValueError(f"parameters do not fit the configuration: {few(differ)}")
+
+    def fill(temporary: pathlib.Path) -> None:
+        ids: dict[str, Any] = {}
         if tokenizer_directory is not None:
             for name in TOKENIZER_FILES:
                 if (pathlib.Path(tokenizer_directory) / name).is_file():
                     shutil.copyfile(pathlib.Path(tokenizer_directory) / name, temporary / name)
             ids = _special_ids(temporary)
         _write_weights(temporary, config, params, jnp.dtype(dtype), shard_bytes)
-        files.write_json(temporary / "config.json", _config_json(config, str(jnp.dtype(dtype)), ids))
+        files.write_json(temporary / "config.json", families.config_json(config, str(jnp.dtype(dtype)), ids))
+        if eos is not None and eos != ids.get("eos_token_id"):
+            ids["eos_token_id"] = [eos, *([ids["eos_token_id"]] if "eos_token_id" in ids else [])]
         files.write_json(temporary / "generation_config.json", {"do_sample": False, **ids})
         if readme:
             files.write_text(temporary / "README.md", readme)
+
+    new_directory(directory, fill)
+
+
+def new_directory(directory: str | os.PathLike, fill) -> None:
+    """Makes a directory by `fill(temporary directory)`: all of it, or nothing."""
+    directory = pathlib.Path(directory)
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise UserError(f"{directory}: exists and is not an empty directory; remove it or choose another")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+    try:
+        fill(temporary)
         temporary.chmod(0o755)  # a temporary directory is private, its files too
         for path in temporary.iterdir():
             path.chmod(0o644)
@@ -238,27 +180,163 @@ def write(
         raise
 
 
-def _tensors(config: DecoderConfig) -> list[tuple[str, list[str], tuple[int, ...]]]:
-    """(our path, its Hugging Face names, the shape of one of these) of every parameter."""
+def names_and_shapes(config: DecoderConfig) -> list[tuple[str, list[str], tuple[int, ...]]]:
+    """(our path, its Hugging Face names, the shape of one of these in our layout) of every parameter."""
+    modules = _LAYER | (_SANDWICH if config.post_norms else {})
     result = []
     for path, shape in shapes(config).items():
         if path.startswith("blocks/"):
-            name = _LAYER[path.removeprefix("blocks/")]
-            names, shape = [f"model.layers.{layer}.{name}.weight" for layer in range(config.layers)], shape[1:]
+            module, _, kind = path.removeprefix("blocks/").rpartition("/")
+            suffix = f"{modules[module]}.{'bias' if kind == 'bias' else 'weight'}"
+            result.append((path, [f"model.layers.{layer}.{suffix}" for layer in range(config.layers)], shape[1:]))
         else:
-            names = [{"embedding": "model.embed_tokens", "norm/scale": "model.norm"}.get(path, "lm_head") + ".weight"]
-        result.append((path, names, shape[::-1] if path.endswith("/kernel") else shape))
+            result.append((path, [_TOP[path]], shape))
     return result
 
 
-def _is_buffer(name: str) -> bool:
-    """Older checkpoints carry rotary tables, which follow from the configuration."""
-    return name.endswith("rotary_emb.inv_freq")
+def module_names(config: DecoderConfig) -> dict[str, str]:
+    """Hugging Face name of every linear map inside a block, by our path."""
+    return {path: name for path, name in _LAYER.items() if "norm" not in path}
 
 
-def _few(names: Iterable[str]) -> str:
+def few(names: Iterable[str]) -> str:
     first = sorted(names)
     return ", ".join(first[:3]) + (f" and {len(first) - 3} more" if len(first) > 3 else "")
+
+
+# ---- Reading --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies in its file."""
+
+    file: pathlib.Path
+    dtype: str  # as safetensors calls it
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+
+    def load(self, index: tuple[slice, ...], flip: bool, dtype: np.dtype) -> np.ndarray:
+        """The part `index` of the tensor (of its transpose where `flip`), read a few MiB at a time."""
+        stored = np.dtype(_DTYPES[self.dtype])
+        ranges = [range(*part.indices(size)) for part, size in zip(index[::-1] if flip else index, self.shape)]
+        shape = [len(part) for part in ranges]
+        out = _aligned(tuple(shape[::-1] if flip else shape), dtype)
+        view, rows = (out.T if flip else out), ranges[0]
+        columns = tuple(slice(part.start, part.stop) for part in ranges[1:])
+        row_bytes = math.prod(self.shape[1:]) * stored.itemsize
+        step = max(1, _CHUNK // row_bytes)
+        with open(self.file, "rb", buffering=0) as file:
+            for start in range(rows.start, rows.stop, step):
+                stop = min(start + step, rows.stop)
+                file.seek(self.offset + start * row_bytes)
+                block = np.fromfile(file, stored, (stop - start) * row_bytes // stored.itemsize)
+                if block.nbytes != (stop - start) * row_bytes:
+                    raise UserError(f"{self.file}: damaged: it ends too early; fetch it again")
+                block = block.reshape(stop - start, *self.shape[1:])
+                view[start - rows.start : stop - rows.start] = block[(slice(None), *columns)]
+        return out
+
+
+def headers(file: pathlib.Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file; the library checks sizes, offsets and overlaps before anything is read."""
+    try:
+        with safetensors.safe_open(file, framework="np") as handle:
+            handle.keys()
+        with open(file, "rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            raw = json.loads(stream.read(size))
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise UserError(f"{file}: damaged or not a safetensors file ({error}); fetch it again") from None
+    return {
+        name: Tensor(file, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+        for name, entry in raw.items()
+        if name != "__metadata__"
+    }
+
+
+def _account(directory: pathlib.Path, config: DecoderConfig) -> dict[str, Tensor]:
+    """The tensors of the model by name, each of them present once, with its shape and a float dtype; no others."""
+    tensors: dict[str, Tensor] = {}
+    for file in _weight_files(directory):
+        for stored, tensor in headers(file).items():
+            name = text_model(stored) if config.family == "gemma3_text" else stored
+            if name is None or name.endswith("rotary_emb.inv_freq"):  # tables that follow from the configuration
+                continue
+            if name in tensors:
+                raise UserError(f"{file}: tensor {name} is in two files; remove the stale one")
+            tensors[name] = tensor
+    expected = {
+        name: shape[::-1] if path.endswith("/kernel") else shape
+        for path, names, shape in names_and_shapes(config)
+        for name in names
+    }
+    head = tensors.pop("lm_head.weight", None) if config.tie_embeddings else None
+    for kind, differ in (("missing", expected.keys() - tensors), ("unknown", tensors.keys() - expected)):
+        if differ:
+            raise UserError(
+                f"{directory}: {few(differ)}: {kind}; config.json and the weights must describe the same model"
+            )
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise UserError(f"{directory}: {name} has shape {tensors[name].shape}, but config.json asks for {shape}")
+        if tensors[name].dtype not in _DTYPES:
+            raise UserError(f"{directory}: {name} has dtype {tensors[name].dtype}; quantised weights are not supported")
+    if head is not None and not _equal(head, tensors[_TOP["embedding"]]):
+        raise UserError(
+            f"{directory}: lm_head.weight differs from model.embed_tokens.weight, but config.json says"
+            " tie_word_embeddings = true; set it to false"
+        )
+    return tensors
+
+
+def text_model(name: str) -> str | None:
+    """The name in the language model alone, for a tensor of an image-and-text model; None for the image part."""
+    name = re.sub(r"^(language_model\.model|model\.language_model)\.", "model.", name)
+    name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
+    return None if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", name) else name
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    rows = max(1, _CHUNK // (4 * math.prod(a.shape[1:])))
+    blocks = [(slice(start, start + rows), slice(None)) for start in range(0, a.shape[0], rows)]
+    dtype = np.dtype(_DTYPES[a.dtype])
+    return all(np.array_equal(a.load(block, False, dtype), b.load(block, False, dtype)) for block in blocks)
+
+
+def _place(tensor: Tensor, shape: tuple[int, ...], sharding: Sharding, flip: bool, dtype) -> jax.Array:
+    """One tensor of a file in its shards; a process reads the parts of its own devices only."""
+    return jax.make_array_from_callback(shape, sharding, lambda index: tensor.load(index or (), flip, dtype))
+
+
+def _without_layers(sharding: Sharding) -> Sharding:
+    """The sharding of one layer of a stacked parameter."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return sharding
+
+
+@functools.cache
+def _put_layer(sharding: Sharding):
+    def put(stack, value, layer):
+        return jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
+
+    return jax.jit(put, donate_argnums=0, out_shardings=sharding)
+
+
+@functools.cache
+def _quantize(how: str):
+    return jax.jit(lambda kernel: quantize.quantize(kernel, how))
+
+
+def _aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """An empty array at an address that jax can take over on a CPU without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _pickled(path: pathlib.Path) -> UserError:
@@ -288,57 +366,7 @@ def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
     return [directory / name for name in sorted(names)]
 
 
-def _number(path: pathlib.Path, raw: Mapping, key: str, kind: type, default: Any = None) -> Any:
-    value: Any = default if raw.get(key) is None else raw[key]
-    if value is None:
-        raise UserError(f"{path}: {key} is missing")
-    right_type = isinstance(value, (int, kind)) and not isinstance(value, bool)
-    if not (right_type and 0 < value < math.inf):
-        raise UserError(f"{path}: {key} = {value!r} is not a positive {'integer' if kind is int else 'number'}")
-    return kind(value)
-
-
-def _rope(path: pathlib.Path, raw: Mapping) -> tuple[float, tuple[tuple[str, Any], ...] | None]:
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{path}: rope_parameters or rope_scaling is not a JSON object")
-    theta = _number(path, rope, "rope_theta", float, _number(path, raw, "rope_theta", float, 10000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPE:
-        raise UserError(f"{path}: rope type {kind!r} is not supported, only {', '.join(_ROPE)}")
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise UserError(f"{path}: partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported, only 1")
-    if kind == "default":
-        return theta, None
-    numbers = {key: _number(path, rope, key, int if key.startswith("original") else float) for key in _ROPE[kind]}
-    return theta, tuple(sorted({"rope_type": kind, **numbers}.items()))
-
-
-def _config_json(config: DecoderConfig, dtype: str, ids: Mapping[str, int]) -> dict[str, Any]:
-    """config.json in the spelling that transformers 4 and 5 both read."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocabulary,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.mlp_width,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.norm_epsilon,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None if config.rope_scaling is None else dict(config.rope_scaling),
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": config.tie_embeddings,
-        "torch_dtype": dtype,
-        "bos_token_id": ids.get("bos_token_id"),
-        "eos_token_id": ids.get("eos_token_id"),
-        "pad_token_id": ids.get("pad_token_id"),
-    }
+# ---- Writing --------------------------------------------------------------------------------------------------------
 
 
 def _special_ids(directory: pathlib.Path) -> dict[str, int]:
@@ -365,7 +393,7 @@ class _Shard:
 
 def _write_weights(directory: pathlib.Path, config: DecoderConfig, params: Mapping, dtype, shard_bytes: int) -> None:
     shards = [_Shard()]
-    for path, names, shape in _tensors(config):
+    for path, names, shape in names_and_shapes(config):
         size = math.prod(shape) * dtype.itemsize
         for layer, name in enumerate(names):
             if shards[-1].items and shards[-1].size + size > shard_bytes:

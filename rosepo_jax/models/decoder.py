@@ -1,4 +1,6 @@
-"""A decoder of the Llama family in Flax NNX, and the pure functions the rest of the package calls.
+"""One decoder in Flax NNX for all model families, and the pure functions the rest of the package calls.
+
+What families differ in is data, the fields of `DecoderConfig`; `families.py` fills them from a Hugging Face config.
 
 Parameters are one flat dict `path -> array` ("blocks/attention/query/kernel": [L, D, H*E]); the layers are stacked on
 axis 0 and scanned. A batch is one prompt with R responses: the prompt is encoded once, the responses attend to its keys
@@ -10,6 +12,7 @@ float rounding and costs P + R T tokens instead of R (P + T).
 import dataclasses
 import functools
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rosepo_jax.models import attention
+from rosepo_jax.models import attention, quantize
 from rosepo_jax.models.lora import LoRAConfig
 
 Params = Mapping[str, jax.Array]
@@ -25,7 +28,7 @@ Params = Mapping[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shape of the network; what a Hugging Face `config.json` of llama type says."""
+    """Shape of the network, and what its family does differently from Llama."""
 
     vocabulary: int
     width: int
@@ -39,14 +42,43 @@ class DecoderConfig:
     norm_epsilon: float = 1e-5
     tie_embeddings: bool = True
     max_positions: int = 4096
+    family: str = "llama"  # a row of families.FAMILIES
+    activation: str = "silu"  # silu | gelu_tanh, of the gate
+    biases: tuple[str, ...] = ()  # linear maps that add a bias: "attention/query", ...
+    query_key_norm: bool = False  # RMSNorm of every query and key head
+    post_norms: bool = False  # norms also behind attention and MLP, before the residual sum
+    unit_offset: bool = False  # norms multiply by 1 + scale
+    scale_embeddings: bool = False  # embeddings times sqrt(width)
+    query_scale: float | None = None  # of the attention scores; None = head_dim ** -0.5
+    attention_cap: float = 0.0  # soft cap of the attention scores; 0 = none
+    logit_cap: float = 0.0  # soft cap of the vocabulary logits; 0 = none
+    window: int = 0  # positions that a sliding layer sees, its own included
+    sliding: tuple[bool, ...] = ()  # which layers slide; () = none
+    local_rope_theta: float | None = None  # of sliding layers, without scaling; None = as the others
+
+    def __post_init__(self) -> None:
+        for name in ("rope_scaling", "biases", "sliding"):  # JSON has no tuples
+            value = getattr(self, name)
+            frozen = tuple(tuple(item) if isinstance(item, list) else item for item in value or ())
+            object.__setattr__(self, name, None if value is None else frozen)
+        if self.sliding and (len(self.sliding) != self.layers or self.window < 1):
+            raise ValueError("sliding layers need one flag a layer and a window of at least 1")
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """How attention turns dot products into scores."""
+        return {"scale": self.query_scale or self.head_dim**-0.5, "cap": self.attention_cap}
 
 
 def rope_frequencies(config: DecoderConfig) -> jax.Array:
-    """Angular frequency of each rotated pair, [E/2] float32, with linear or llama3 scaling (arXiv 2407.21783)."""
+    """Angular frequency of each rotated pair in every layer, [L, E/2] float32.
+
+    Scaling is linear or llama3 (arXiv 2407.21783). Sliding layers may have a base of their own (arXiv 2503.19786).
+    """
     exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     frequency = 1.0 / config.rope_theta**exponent
     scaling = dict(config.rope_scaling or ())
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = scaling.get("rope_type", "default")
     if kind == "linear":
         frequency = frequency / scaling["factor"]
     elif kind == "llama3":
@@ -55,7 +87,8 @@ def rope_frequencies(config: DecoderConfig) -> jax.Array:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         smooth = jnp.clip((ratio - low) / (high - low), 0.0, 1.0)
         frequency = (1 - smooth) * frequency / scaling["factor"] + smooth * frequency
-    return frequency
+    local = frequency if config.local_rope_theta is None else 1.0 / config.local_rope_theta**exponent
+    return jnp.stack([local if slides else frequency for slides in config.sliding or (False,) * config.layers])
 
 
 def rotate(x_BxSxHxE: jax.Array, angle_BxSxF: jax.Array) -> jax.Array:
@@ -65,118 +98,181 @@ def rotate(x_BxSxHxE: jax.Array, angle_BxSxF: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BxSxHxE.dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """How parameters are kept and adapted: what a model is built with beside its architecture."""
+
+    dtype: Any
+    lora: LoRAConfig | None
+    quantize: str
+
+
 class Linear(nnx.Module):
-    """x W without bias; with an adapter, x W + scale (x A) B."""
+    """x W, plus a bias if the family has one; with an adapter, plus scale (x A) B."""
 
-    def __init__(self, path: str, inputs: int, outputs: int, lora: LoRAConfig | None, dtype, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(_normal(rngs, (inputs, outputs), inputs**-0.5, dtype))
-        self.scale = lora.scale if lora and lora.matches(path) else None
-        if lora and lora.matches(path):
-            self.lora_a = nnx.Param(_normal(rngs, (inputs, lora.rank), inputs**-0.5, dtype))
-            self.lora_b = nnx.Param(jnp.zeros((lora.rank, outputs), dtype))
+    def __init__(self, path: str, inputs: int, outputs: int, c: DecoderConfig, storage: Storage, rngs: nnx.Rngs):
+        lora = storage.lora if storage.lora and storage.lora.matches(path) else None
+        self.path, self.lora, self.quantize = path, lora, storage.quantize if path != "head" else "none"
+        kernel = _normal(rngs, (inputs, outputs), inputs**-0.5, storage.dtype)
+        if self.quantize != "none":
+            kernel, scale = quantize.quantize(kernel, self.quantize)
+            self.kernel_scale = nnx.Param(scale)
+        self.kernel = nnx.Param(kernel)
+        if path in c.biases:
+            self.bias = nnx.Param(jnp.zeros((outputs,), storage.dtype))
+        if lora is not None:
+            # Always float32: updates of an adapter would vanish in the rounding of a bfloat16 base.
+            self.lora_a = nnx.Param(_normal(rngs, (inputs, lora.rank), inputs**-0.5, jnp.float32))
+            self.lora_b = nnx.Param(jnp.zeros((lora.rank, outputs), jnp.float32))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
-        if self.scale is not None:
-            y += self.scale * (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
+    def __call__(self, x: jax.Array, drop_B: jax.Array | None = None) -> jax.Array:
+        kernel = self.kernel[...]
+        if self.quantize != "none":
+            kernel = quantize.dequantize(kernel, self.kernel_scale[...], self.quantize)
+        y = x @ kernel.astype(x.dtype)
+        if hasattr(self, "bias"):
+            y += self.bias[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        if self.lora is not None:
+            if drop_B is not None and self.lora.dropout:
+                x = _drop(x, drop_B, self.lora.dropout, self.path)
+            y += self.lora.scale * (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
         return y
 
 
 class Norm(nnx.Module):
     """RMSNorm (arXiv 1910.07467), float32 inside."""
 
-    def __init__(self, width: int, epsilon: float, dtype):
-        self.scale = nnx.Param(jnp.ones((width,), dtype))
-        self.epsilon = epsilon
+    def __init__(self, width: int, c: DecoderConfig, storage: Storage):
+        self.offset, self.epsilon = float(c.unit_offset), c.norm_epsilon
+        self.scale = nnx.Param(jnp.full((width,), 1 - self.offset, storage.dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
-        return (x32 * self.scale[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+        scale = self.offset + self.scale[...].astype(jnp.float32)
+        return (x32 * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
 class Attention(nnx.Module):
-    def __init__(self, c: DecoderConfig, lora: LoRAConfig | None, dtype, rngs: nnx.Rngs):
+    def __init__(self, c: DecoderConfig, storage: Storage, rngs: nnx.Rngs):
         self.head_dim = c.head_dim
-        linear = functools.partial(Linear, lora=lora, dtype=dtype, rngs=rngs)
+        linear = functools.partial(Linear, c=c, storage=storage, rngs=rngs)
         self.query = linear("attention/query", c.width, c.heads * c.head_dim)
         self.key = linear("attention/key", c.width, c.kv_heads * c.head_dim)
         self.value = linear("attention/value", c.width, c.kv_heads * c.head_dim)
         self.output = linear("attention/output", c.heads * c.head_dim, c.width)
+        if c.query_key_norm:
+            self.query_norm = Norm(c.head_dim, c, storage)
+            self.key_norm = Norm(c.head_dim, c, storage)
 
-    def __call__(self, x_BxSxD: jax.Array, angle_BxSxF: jax.Array, attend: Callable) -> tuple[jax.Array, Any]:
-        def heads(y):
-            return y.reshape(*y.shape[:2], -1, self.head_dim)
-
-        query = rotate(heads(self.query(x_BxSxD)), angle_BxSxF)
-        key = rotate(heads(self.key(x_BxSxD)), angle_BxSxF)
-        mixed, kept = attend(query, key, heads(self.value(x_BxSxD)))
-        return self.output(mixed.reshape(*x_BxSxD.shape[:2], -1)), kept
+    def __call__(self, x_BxSxD: jax.Array, angle_BxSxF: jax.Array, attend: Callable, drop_B) -> tuple[jax.Array, Any]:
+        query, key, value = (
+            linear(x_BxSxD, drop_B).reshape(*x_BxSxD.shape[:2], -1, self.head_dim)
+            for linear in (self.query, self.key, self.value)
+        )
+        if hasattr(self, "query_norm"):
+            query, key = self.query_norm(query), self.key_norm(key)
+        mixed, kept = attend(rotate(query, angle_BxSxF), rotate(key, angle_BxSxF), value)
+        return self.output(mixed.reshape(*x_BxSxD.shape[:2], -1), drop_B), kept
 
 
 class MLP(nnx.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """A gated MLP: SwiGLU or GeGLU (arXiv 2002.05202)."""
 
-    def __init__(self, c: DecoderConfig, lora: LoRAConfig | None, dtype, rngs: nnx.Rngs):
-        self.gate = Linear("mlp/gate", c.width, c.mlp_width, lora, dtype, rngs)
-        self.up = Linear("mlp/up", c.width, c.mlp_width, lora, dtype, rngs)
-        self.down = Linear("mlp/down", c.mlp_width, c.width, lora, dtype, rngs)
+    def __init__(self, c: DecoderConfig, storage: Storage, rngs: nnx.Rngs):
+        linear = functools.partial(Linear, c=c, storage=storage, rngs=rngs)
+        self.activation = c.activation
+        self.gate = linear("mlp/gate", c.width, c.mlp_width)
+        self.up = linear("mlp/up", c.width, c.mlp_width)
+        self.down = linear("mlp/down", c.mlp_width, c.width)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    def __call__(self, x: jax.Array, drop_B) -> jax.Array:
+        activate = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}[self.activation]  # jax's default is the tanh form
+        return self.down(activate(self.gate(x, drop_B)) * self.up(x, drop_B), drop_B)
 
 
 class Block(nnx.Module):
     """Pre-norm transformer block. `attend(query, key, value) -> (mixed, kept)` decides who sees whom."""
 
-    def __init__(self, c: DecoderConfig, lora: LoRAConfig | None, dtype, rngs: nnx.Rngs):
-        self.attention_norm = Norm(c.width, c.norm_epsilon, dtype)
-        self.attention = Attention(c, lora, dtype, rngs)
-        self.mlp_norm = Norm(c.width, c.norm_epsilon, dtype)
-        self.mlp = MLP(c, lora, dtype, rngs)
+    def __init__(self, c: DecoderConfig, storage: Storage, rngs: nnx.Rngs):
+        self.attention_norm = Norm(c.width, c, storage)
+        self.attention = Attention(c, storage, rngs)
+        self.mlp_norm = Norm(c.width, c, storage)
+        self.mlp = MLP(c, storage, rngs)
+        if c.post_norms:
+            self.attention_post_norm = Norm(c.width, c, storage)
+            self.mlp_post_norm = Norm(c.width, c, storage)
 
-    def __call__(self, x_BxSxD: jax.Array, angle_BxSxF: jax.Array, attend: Callable) -> tuple[jax.Array, Any]:
-        mixed, kept = self.attention(self.attention_norm(x_BxSxD), angle_BxSxF, attend)
-        x_BxSxD = x_BxSxD + mixed
-        return x_BxSxD + self.mlp(self.mlp_norm(x_BxSxD)), kept
+    def __call__(self, x_BxSxD: jax.Array, angle_BxSxF: jax.Array, attend: Callable, drop_B) -> tuple[jax.Array, Any]:
+        post = hasattr(self, "attention_post_norm")
+        update_BxSxD, kept = self.attention(self.attention_norm(x_BxSxD), angle_BxSxF, attend, drop_B)
+        x_BxSxD = x_BxSxD + (self.attention_post_norm(update_BxSxD) if post else update_BxSxD)
+        update_BxSxD = self.mlp(self.mlp_norm(x_BxSxD), drop_B)
+        return x_BxSxD + (self.mlp_post_norm(update_BxSxD) if post else update_BxSxD), kept
 
 
 class Decoder(nnx.Module):
     """Embedding, stacked blocks, final norm, head (the transposed embedding when tied)."""
 
-    def __init__(self, c: DecoderConfig, lora: LoRAConfig | None, dtype, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(_normal(rngs, (c.vocabulary, c.width), c.width**-0.5, dtype))
+    def __init__(self, c: DecoderConfig, storage: Storage, rngs: nnx.Rngs):
+        self.config = c
+        self.embedding = nnx.Param(_normal(rngs, (c.vocabulary, c.width), c.width**-0.5, storage.dtype))
 
         @nnx.vmap(in_axes=0, out_axes=0)
         def stack(rngs):
-            return Block(c, lora, dtype, rngs)
+            return Block(c, storage, rngs)
 
         self.blocks = stack(rngs.fork(split=c.layers))
-        self.norm = Norm(c.width, c.norm_epsilon, dtype)
+        self.norm = Norm(c.width, c, storage)
         if not c.tie_embeddings:
-            self.head = Linear("head", c.width, c.vocabulary, None, dtype, rngs)
+            self.head = Linear("head", c.width, c.vocabulary, c, dataclasses.replace(storage, lora=None), rngs)
 
-    def layers(self, x_BxSxD, angle_BxSxF, attend: Callable, caches: Any, remat: str) -> tuple[jax.Array, Any]:
-        """Runs all blocks; `attend(cache, query, key, value)` gets each layer's slice of `caches`."""
+    def embed(self, tokens_BxS: jax.Array, dtype: str) -> jax.Array:
+        x_BxSxD = self.embedding[...][tokens_BxS].astype(dtype)
+        # The factor is rounded to the compute dtype first, as in the models' own code.
+        return x_BxSxD * jnp.asarray(self.config.width**0.5, dtype) if self.config.scale_embeddings else x_BxSxD
+
+    def layers(
+        self, x_BxSxD, position_BxS, attend: Callable, caches: Any = None, remat: str = "none", drop_B=None
+    ) -> tuple[jax.Array, Any]:
+        """Runs all blocks; `attend(window, cache, query, key, value)` gets each layer's window and slice of `caches`.
+
+        `drop_B`, a key per row, switches the adapters' dropout on.
+        """
+        c = self.config
         graph, stacked = nnx.split(self.blocks)
+        everything = jnp.iinfo(jnp.int32).max
+        window_L = jnp.where(jnp.array(c.sliding), c.window, everything) if any(c.sliding) else None
 
         def layer(x, inputs):
-            block, cache = inputs
-            return nnx.merge(graph, block)(x, angle_BxSxF, functools.partial(attend, cache))
+            block, frequency_F, window, number, cache = inputs
+            angle_BxSxF = position_BxS[..., None].astype(jnp.float32) * frequency_F[None, None]
+            keys_B = None if drop_B is None else jax.vmap(jax.random.fold_in, (0, None))(drop_B, number)
+            return nnx.merge(graph, block)(x, angle_BxSxF, functools.partial(attend, window, cache), keys_B)
 
         if remat != "none":
             policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
             layer = jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)
-        return jax.lax.scan(layer, x_BxSxD, (stacked, caches))
+        inputs = (stacked, rope_frequencies(c), window_L, jnp.arange(c.layers), caches)
+        return jax.lax.scan(layer, x_BxSxD, inputs)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Vocabulary logits in float32 for already normed hidden states."""
         kernel = self.head.kernel[...] if hasattr(self, "head") else self.embedding[...].T
-        return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        cap = self.config.logit_cap
+        return cap * jnp.tanh(logits / cap) if cap else logits
 
 
 def _normal(rngs: nnx.Rngs, shape, scale, dtype) -> jax.Array:
     return (scale * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
+
+
+def _drop(x_BxSxI: jax.Array, key_B: jax.Array, rate: float, path: str) -> jax.Array:
+    """Dropout by a key per row, so that it does not depend on the batch a row is in; each map draws its own."""
+    keys = jax.vmap(jax.random.fold_in, (0, None))(key_B, zlib.crc32(path.encode()))
+    kept_BxSxI = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BxSxI.shape[1:]))(keys)
+    return jnp.where(kept_BxSxI, x_BxSxI / (1 - rate), 0).astype(x_BxSxI.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,13 +284,15 @@ class LanguageModel:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
+    quantize: str = "none"
 
     @functools.cached_property
     def _graph(self):
         return nnx.split(nnx.eval_shape(lambda: self._build(jax.random.key(0))))[0]
 
     def _build(self, key: jax.Array) -> Decoder:
-        return Decoder(self.config, self.lora, jnp.dtype(self.param_dtype), nnx.Rngs(params=key))
+        storage = Storage(jnp.dtype(self.param_dtype), self.lora, self.quantize)
+        return Decoder(self.config, storage, nnx.Rngs(params=key))
 
     def _module(self, params: Params) -> Decoder:
         return nnx.merge(self._graph, nnx.from_flat_state([(tuple(p.split("/")), v) for p, v in params.items()]))
@@ -204,21 +302,20 @@ class LanguageModel:
         state = nnx.state(self._build(key))
         return {"/".join(map(str, path)): value[...] for path, value in nnx.to_flat_state(state)}
 
-    def _embed(self, module: Decoder, tokens_BxS: jax.Array, position_BxS: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x_BxSxD = module.embedding[...][tokens_BxS].astype(self.dtype)
-        return x_BxSxD, position_BxS[..., None].astype(jnp.float32) * rope_frequencies(self.config)[None, None]
-
     def hidden(self, params: Params, prompt_BxP, prompt_mask_BxP, response_BxRxT) -> jax.Array:
         """Normed hidden states [B, R, T, D] that predict each response token."""
         first_BxD, later_BxRxSxD = self.states(params, prompt_BxP, prompt_mask_BxP, response_BxRxT)
         B, R, _, D = later_BxRxSxD.shape
         return jnp.concatenate([jnp.broadcast_to(first_BxD[:, None, None], (B, R, 1, D)), later_BxRxSxD], axis=2)
 
-    def states(self, params: Params, prompt_BxP, prompt_mask_BxP, response_BxRxT) -> tuple[jax.Array, jax.Array]:
+    def states(
+        self, params: Params, prompt_BxP, prompt_mask_BxP, response_BxRxT, drop_B: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """One pass over prompts and responses: the normed hidden states that predict response tokens.
 
         Returns first_BxD, which predicts the first token of all R responses of a prompt, and later_BxRxSxD, S = T - 1,
         which predict the others. The last response token is never fed: nothing is predicted from it.
+        `drop_B` (a key per prompt) switches the adapters' dropout on.
         """
         module = self._module(params)
         B, P = prompt_BxP.shape
@@ -229,20 +326,19 @@ class LanguageModel:
         own_BxS = jnp.broadcast_to(length_B[:, None, None] + jnp.arange(S)[None, None], (B, R, S)).reshape(B, R * S)
         position = jnp.concatenate([jnp.broadcast_to(jnp.arange(P)[None], (B, P)), own_BxS], axis=1)
 
-        def attend(_, query, key, value):
-            prompt = attention.causal(query[:, :P], key[:, :P], value[:, :P])
+        def attend(window, _, query, key, value):
+            how = self.config.scores | {"window": window}
+            prompt = attention.causal(query[:, :P], key[:, :P], value[:, :P], **how)
 
             def own(y):
                 return y[:, P:].reshape(B, R, S, *y.shape[2:])
 
             response = attention.shared_prefix(
-                own(query), key[:, :P], value[:, :P], prompt_mask_BxP, own(key), own(value),
-                jnp.tril(jnp.ones((S, S), bool)),
-            )  # fmt: skip
+                own(query), key[:, :P], value[:, :P], prompt_mask_BxP, own(key), own(value), jnp.arange(S), **how
+            )
             return jnp.concatenate([prompt, response.reshape(B, R * S, *query.shape[2:])], axis=1), None
 
-        x, angle = self._embed(module, tokens, position)
-        x, _ = module.layers(x, angle, attend, None, self.remat)
+        x, _ = module.layers(module.embed(tokens, self.dtype), position, attend, remat=self.remat, drop_B=drop_B)
         last_BxD = jnp.take_along_axis(x[:, :P], (length_B - 1)[:, None, None], axis=1)[:, 0]
         return module.norm(last_BxD), module.norm(x[:, P:].reshape(B, R, S, x.shape[-1]))
 
@@ -255,11 +351,11 @@ class LanguageModel:
         module = self._module(params)
         B, P = prompt_BxP.shape
 
-        def attend(_, query, key, value):
-            return attention.causal(query, key, value), (key, value)
+        def attend(window, _, query, key, value):
+            return attention.causal(query, key, value, **self.config.scores, window=window), (key, value)
 
-        x, angle = self._embed(module, prompt_BxP, jnp.broadcast_to(jnp.arange(P)[None], (B, P)))
-        x, keys_values = module.layers(x, angle, attend, None, "none")
+        position_BxP = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
+        x, keys_values = module.layers(module.embed(prompt_BxP, self.dtype), position_BxP, attend)
         last = jnp.take_along_axis(x, (prompt_mask_BxP.sum(axis=1) - 1)[:, None, None], axis=1)[:, 0]
         return module.logits(module.norm(last)), (keys_values, prompt_mask_BxP)
 
@@ -274,21 +370,20 @@ class LanguageModel:
         module = self._module(params)
         keys_values, prompt_mask_BxP = prompt_cache
         B, W = token_BxW.shape
-        T = suffix_cache[0].shape[3]
         position = jnp.broadcast_to((prompt_mask_BxP.sum(axis=1) + depth)[:, None], (B, W))
 
-        def attend(cache, query, key, value):
+        def attend(window, cache, query, key, value):
             (prompt_key, prompt_value), (own_key, own_value) = cache
             own_key = jax.lax.dynamic_update_slice_in_dim(own_key, key[:, :, None], depth, axis=2)
             own_value = jax.lax.dynamic_update_slice_in_dim(own_value, value[:, :, None], depth, axis=2)
             mixed = attention.shared_prefix(
                 query[:, :, None], prompt_key, prompt_value, prompt_mask_BxP, own_key, own_value,
-                (jnp.arange(T) <= depth)[None],
+                jnp.reshape(depth, (1,)), **self.config.scores, window=window,
             )  # fmt: skip
             return mixed[:, :, 0], (own_key, own_value)
 
-        x, angle = self._embed(module, token_BxW, position)
-        x, suffix_cache = module.layers(x, angle, attend, (keys_values, suffix_cache), "none")
+        x = module.embed(token_BxW, self.dtype)
+        x, suffix_cache = module.layers(x, position, attend, (keys_values, suffix_cache))
         return module.logits(module.norm(x)), suffix_cache
 
     def prompt_states(self, params: Params, tokens_BxP, mask_BxP) -> jax.Array:
@@ -296,10 +391,10 @@ class LanguageModel:
         module = self._module(params)
         B, P = tokens_BxP.shape
 
-        def attend(_, query, key, value):
-            return attention.causal(query, key, value), None
+        def attend(window, _, query, key, value):
+            return attention.causal(query, key, value, **self.config.scores, window=window), None
 
-        x, angle = self._embed(module, tokens_BxP, jnp.broadcast_to(jnp.arange(P)[None], (B, P)))
-        x, _ = module.layers(x, angle, attend, None, "none")
+        position_BxP = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
+        x, _ = module.layers(module.embed(tokens_BxP, self.dtype), position_BxP, attend)
         x = jnp.where(mask_BxP[..., None], module.norm(x).astype(jnp.float32), 0.0)
         return x.sum(axis=1) / mask_BxP.sum(axis=1, keepdims=True)

@@ -7,15 +7,22 @@ from rosepo_jax.models.decoder import LanguageModel, Params
 
 
 def response_logps(
-    lm: LanguageModel, params: Params, prompt_BxP, prompt_mask_BxP, response_BxRxT, response_mask_BxRxT
+    lm: LanguageModel,
+    params: Params,
+    prompt_BxP,
+    prompt_mask_BxP,
+    response_BxRxT,
+    response_mask_BxRxT,
+    drop_B: jax.Array | None = None,
 ) -> jax.Array:
     """log pi(y | x) of R responses of each prompt, from one shared-prefix pass.
 
     Formula:   s_r = sum_t log softmax(logits_t)[y_t] over real response tokens, EOS included, prompt excluded
     Shapes:    prompts right-padded [B, P]; responses right-padded [B, R, T]; returns logps_BxR float32
     Units:     natural log
+    Dropout:   of the adapters' inputs, where `drop_B` gives each prompt a key
     """
-    first_BxD, later_BxRxSxD = lm.states(params, prompt_BxP, prompt_mask_BxP, response_BxRxT)
+    first_BxD, later_BxRxSxD = lm.states(params, prompt_BxP, prompt_mask_BxP, response_BxRxT, drop_B)
     # The first tokens of all responses of a prompt are read from one row of logits.
     logps_BxR = _token_logps(lm.logits(params, first_BxD), response_BxRxT[:, :, 0])
     logps_BxR = jnp.where(response_mask_BxRxT[:, :, 0], logps_BxR, 0.0)

@@ -102,7 +102,7 @@ def train_more(config, model: policy.Policy, catalogue: Catalogue, data: dict, i
         settings=settings,
         out=out,
         mesh=model.mesh,
-        task=sft.task(model.lm),
+        task=sft.task(model.lm, seeds.key(config.seed, "sft_more", "dropout")),
         trainable=model.trainable,
         frozen=model.base,
         rows=len(rows),

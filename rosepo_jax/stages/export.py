@@ -1,4 +1,4 @@
-"""rosepo export: a checkpoint as a Hugging Face directory, adapters merged, with a model card."""
+"""rosepo export: a checkpoint as a Hugging Face directory, adapters merged, or its adapter for PEFT; a model card."""
 
 import argparse
 import json
@@ -11,17 +11,22 @@ from ml_collections import ConfigDict
 from rosepo_jax import files
 from rosepo_jax.data.prompts import Template
 from rosepo_jax.errors import UserError
-from rosepo_jax.models import checkpoints_hf
+from rosepo_jax.models import checkpoints_hf, peft
+from rosepo_jax.models import lora as adapters
 from rosepo_jax.stages import runtime
-from rosepo_jax.training import policy
+from rosepo_jax.training import policy, sharding
 from rosepo_jax.training.metrics import is_primary
+from rosepo_jax.training.policy import Policy
 
 MODELS = {"align": "aligned", "sft": "sft"}  # stage -> the name of its model in results.json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Writes a checkpoint as a directory that transformers loads: weights, tokenizer, model card."
+    parser.description = "Writes a checkpoint as a directory that transformers or PEFT loads, with a model card."
     parser.add_argument("--checkpoint", choices=tuple(MODELS), default="align", help="default: align")
+    parser.add_argument(
+        "--format", choices=("merged", "adapter"), default="merged", help="whole model, or the LoRA adapter for PEFT"
+    )
     parser.add_argument("--output", type=pathlib.Path, required=True, help="a directory that does not exist yet")
 
 
@@ -33,17 +38,36 @@ def main(config: ConfigDict | None, args: argparse.Namespace) -> None:
         raise UserError(
             f"{manifest_path.parent}: no complete checkpoint; run `rosepo {args.checkpoint} --workdir={args.workdir}`"
         )
-    decoder, params, tokenizer = policy.load_model(config, args.workdir, args.checkpoint)
+    folder = args.workdir / args.checkpoint
+    model = policy.load(config, folder, sharding.make_mesh(config.mesh))
+    readme = card(args.workdir, args.checkpoint)
+    write = export_adapter if args.format == "adapter" else export_merged
+    count = write(config, model, folder, args.output, readme)
+    runtime.say(f"{args.output}: {count:,} parameters")
+
+
+def export_merged(config: ConfigDict, model: Policy, folder: pathlib.Path, output: pathlib.Path, readme: str) -> int:
+    """The whole model, adapter folded in, a quantised base restored; returns its number of parameters."""
+    params = adapters.merge(model.params, model.lm.lora, model.lm.quantize)
     if is_primary():
         checkpoints_hf.write(
-            args.output,
-            decoder,
-            params,
-            tokenizer,
-            config.model.param_dtype,
-            readme=card(args.workdir, args.checkpoint),
-        )
-    runtime.say(f"{args.output}: {sum(value.size for value in params.values()):,} parameters")
+            output, model.lm.config, params, folder / "tokenizer", config.model.param_dtype,
+            readme=readme, eos=model.encoder.eos,
+        )  # fmt: skip
+    return sum(value.size for value in params.values())
+
+
+def export_adapter(config: ConfigDict, model: Policy, folder: pathlib.Path, output: pathlib.Path, readme: str) -> int:
+    """The adapter alone, for PEFT on top of the base that the run started from."""
+    base = policy.describe(folder)["base"]
+    if model.lm.lora is None:
+        raise UserError("--format=adapter: the run tuned the whole model (model.tuning=full); use --format=merged")
+    if "path" not in base:
+        raise UserError("--format=adapter: the base was a new model, which nobody else has; use --format=merged")
+    if is_primary():
+        path, revision = base["path"], base["revision"]
+        peft.write(output, model.lm.config, model.lm.lora, model.trainable, base=path, revision=revision, readme=readme)
+    return sum(value.size for value in model.trainable.values())
 
 
 def card(workdir: pathlib.Path, checkpoint: str) -> str:
@@ -65,6 +89,11 @@ def card(workdir: pathlib.Path, checkpoint: str) -> str:
             f"Trained by rosepo_jax: {method}. It continues this prompt, in which titles stand one a line,",
             *("with the title of the next item and the end-of-sequence token:", ""),
             *("```", Template.load(manifest["resolved_config"]["data"]["template"]).text.rstrip("\n"), "```", ""),
+            *(
+                ["It is one user turn of the tokenizer's chat template.", ""]
+                if settings["model"]["chat_template"]
+                else []
+            ),
             *("## Data", ""),
             f"- source: {data['source']}, hash {data_hash}",
             f"- prepared rows: {prepared['identity']}",

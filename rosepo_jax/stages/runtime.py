@@ -36,11 +36,14 @@ from rosepo_jax.errors import UserError
 from rosepo_jax.training.metrics import is_primary
 
 # Config values that name files of the user: what counts is their content, not where they lie.
-PATH_KEYS = ("data.path", "data.titles", "data.template", "model.path", "pairs.path")
+PATH_KEYS = (
+    *("data.path", "data.titles", "data.template", "pairs.path"),
+    *("model.path", "model.architecture", "model.adapter"),
+)
 
 PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array_record", "tensorflow-datasets"),
-    *("transformers", "tokenizers", "safetensors", "ml_collections", "numpy", "scipy"),
+    *("transformers", "tokenizers", "safetensors", "huggingface_hub", "qwix", "ml_collections", "numpy", "scipy"),
 )
 
 MANIFEST, BEGUN = "manifest.json", "begun.json"

@@ -4,6 +4,7 @@ import functools
 import pathlib
 from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -33,13 +34,13 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
         raise UserError("sft: the train split has no rows; lower data.min_history or data.core_user, data.core_item")
     model = policy.create(config, out, sharding.make_mesh(config.mesh), tokenizer_texts(catalogue))
     titles = TitleTable(model.encoder, catalogue.titles)
-    return loop.train(
+    figures = loop.train(
         name=NAME,
         config=config,
         settings=config.sft,
         out=out,
         mesh=model.mesh,
-        task=task(model.lm),
+        task=task(model.lm, seeds.key(config.seed, NAME, "dropout")),
         trainable=model.trainable,
         frozen=model.base,
         rows=len(rows),
@@ -52,6 +53,7 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
         ),
         validate=validation_figures(config, catalogue, titles, validation, model),
     )
+    return figures | {"base": policy.describe(out)["base"]}
 
 
 def tokenizer_texts(catalogue: Catalogue) -> Iterator[str]:
@@ -66,11 +68,21 @@ def nll(logps_BxR, constants, batch):
     return loss, {"loss": loss}
 
 
-def task(lm) -> Task:
+def task(lm, dropout_seed: int = 0) -> Task:
+    """The language-model loss as the training step sees it; adapters drop inputs by (seed, update, row)."""
+
+    def drop_keys(batch):
+        if lm.lora is None or not lm.lora.dropout:
+            return None
+        start = jax.random.key(dropout_seed >> 33)
+        return jax.vmap(lambda update, row: jax.random.fold_in(jax.random.fold_in(start, update), row))(
+            batch["update_B"], batch["row_B"]
+        )
+
     def forward(trainable, frozen, batch):
         return response_logps(
             lm, {**frozen, **trainable}, batch["prompt_BxP"], batch["prompt_mask_BxP"],
-            batch["response_BxRxT"], batch["response_mask_BxRxT"],
+            batch["response_BxRxT"], batch["response_mask_BxRxT"], drop_keys(batch),
         )  # fmt: skip
 
     return Task(forward, lambda frozen, batch: jnp.zeros((batch["row_B"].shape[0],)), nll)

@@ -36,7 +36,7 @@ def make(config: ConfigDict, key: str, total: int, rows: int) -> tuple[optax.Gra
     # The first update already moves: the ramp ends at the peak on update `warmup`.
     ramp = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
     schedule = optax.join_schedules([ramp, after[config.schedule]()], [warmup])
-    matrices = lambda params: {path: value.ndim >= 2 and "norm" not in path for path, value in params.items()}  # noqa: E731
+    matrices = lambda params: {path: not path.endswith(("norm/scale", "/bias")) for path in params}  # noqa: E731
     transformation = optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=config.weight_decay, mask=matrices),

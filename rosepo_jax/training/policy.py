@@ -1,14 +1,15 @@
-"""A language model with its tokenizer and parameters: made from a preset or a Hugging Face directory, saved, loaded.
+"""A language model with its tokenizer and parameters: new, or from a Hugging Face directory or hub id; saved, loaded.
 
 A model folder (`sft`, `align`) holds model.json (architecture, adapter, where the base comes from), tokenizer/ and
 model/ (the trained parameters: everything, or the adapter alone).
 """
 
 import dataclasses
-import functools
+import os
 import pathlib
 import shutil
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 from rosepo_jax import files, seeds
 from rosepo_jax.data.prompts import Encoder, Template, train_tokenizer
 from rosepo_jax.errors import UserError
-from rosepo_jax.models import checkpoints_hf
+from rosepo_jax.models import checkpoints_hf, families, hub, peft, quantize
 from rosepo_jax.models import lora as adapters
 from rosepo_jax.models.decoder import DecoderConfig, LanguageModel
 from rosepo_jax.models.lora import LoRAConfig
@@ -42,55 +43,84 @@ class Policy:
 def create(config: ConfigDict, out: pathlib.Path, mesh: Mesh, tokenizer_texts: Iterable[str]) -> Policy:
     """The model SFT starts from. Writes model.json and tokenizer/ into `out`."""
     m = config.model
-    tokenizer = out / "tokenizer"
+    base: dict[str, Any] = {"seed": config.seed}
     if m.path:
-        if not (pathlib.Path(m.path) / "config.json").is_file():
+        folder, commit = hub.local(m.path, m.revision)
+        if not (folder / "config.json").is_file():
             raise UserError(f"model.path={m.path!r}: not a Hugging Face model directory (no config.json)")
-        architecture = checkpoints_hf.read_config(m.path)
-        tokenizer.mkdir(parents=True, exist_ok=True)
+        architecture = checkpoints_hf.read_config(folder)
+        (out / "tokenizer").mkdir(parents=True, exist_ok=True)
         for name in checkpoints_hf.TOKENIZER_FILES:
-            if (pathlib.Path(m.path) / name).is_file():
-                shutil.copy(pathlib.Path(m.path) / name, tokenizer)
+            if (folder / name).is_file():
+                shutil.copy(folder / name, out / "tokenizer")
+        base = {"path": m.path, "revision": commit or m.revision}
     else:
-        if m.width % m.heads or m.heads % m.kv_heads:
-            raise UserError(f"model: width {m.width} / heads {m.heads} / kv_heads {m.kv_heads} must divide evenly")
-        vocabulary = train_tokenizer(tokenizer_texts, m.vocabulary, tokenizer)
-        architecture = DecoderConfig(
-            vocabulary=-(-vocabulary // 64) * 64,  # a multiple that meshes divide
-            width=m.width,
-            layers=m.layers,
-            heads=m.heads,
-            kv_heads=m.kv_heads,
-            head_dim=m.width // m.heads,
-            mlp_width=m.mlp_width,
-            tie_embeddings=m.tie_embeddings,
-            max_positions=m.prompt_length + m.response_length,
-        )
-    if m.tuning not in ("full", "lora"):
-        raise UserError(f"model.tuning={m.tuning!r}: choose full or lora")
-    lora = LoRAConfig(m.lora.rank, m.lora.alpha, m.lora.targets) if m.tuning == "lora" else None
-    base = {"path": m.path, "hash": files.hash_tree(m.path)} if m.path else {"seed": config.seed}
-    description = {"decoder": dataclasses.asdict(architecture), "lora": lora and dataclasses.asdict(lora), "base": base}
-    files.write_json(out / "model.json", description)
-    return _assemble(config, out, description, mesh, trained=None)
+        vocabulary = (
+            -(-train_tokenizer(tokenizer_texts, m.vocabulary, out / "tokenizer") // 64) * 64
+        )  # meshes divide it
+        architecture = new_architecture(m, vocabulary)
+        if architecture.vocabulary < vocabulary:
+            raise UserError(f"model.vocabulary={m.vocabulary}: {m.architecture} has {architecture.vocabulary} tokens")
+    lora = _adapter(m, architecture)
+    if m.quantize not in quantize.FORMATS:
+        raise UserError(f"model.quantize={m.quantize!r}: choose one of {', '.join(quantize.FORMATS)}")
+    if m.quantize != "none" and lora is None:
+        raise UserError(f"model.quantize={m.quantize}: a quantised model is not trained itself; use model.tuning=lora")
+    described = {"decoder": dataclasses.asdict(architecture), "lora": lora and dataclasses.asdict(lora), "base": base}
+    files.write_json(out / "model.json", described)
+    return _assemble(config, out, described, mesh, adapter=m.adapter)
+
+
+def new_architecture(m: ConfigDict, vocabulary: int) -> DecoderConfig:
+    """The shape of a model without weights: model.architecture, or the preset."""
+    if m.architecture:
+        return families.architecture(m.architecture)
+    if m.width % m.heads or m.heads % m.kv_heads:
+        raise UserError(f"model: width {m.width} / heads {m.heads} / kv_heads {m.kv_heads} must divide evenly")
+    return DecoderConfig(
+        vocabulary=vocabulary,
+        width=m.width,
+        layers=m.layers,
+        heads=m.heads,
+        kv_heads=m.kv_heads,
+        head_dim=m.width // m.heads,
+        mlp_width=m.mlp_width,
+        tie_embeddings=m.tie_embeddings,
+        max_positions=m.prompt_length + m.response_length,
+    )
 
 
 def load(config: ConfigDict, folder: pathlib.Path, mesh: Mesh) -> Policy:
     """The model a stage left in `folder`."""
-    description = files.read_json(folder / "model.json")
-    return _assemble(config, folder, description, mesh, trained=folder / "model")
+    return _assemble(config, folder, describe(folder), mesh, trained=folder / "model")
 
 
-def open_model(config: ConfigDict, folder: pathlib.Path, mesh: Mesh) -> Policy:
-    """A model folder of a stage, or a Hugging Face directory as it is."""
-    if (folder / "model.json").is_file():
-        return load(config, folder, mesh)
+def describe(folder: pathlib.Path) -> dict[str, Any]:
+    """What model.json says: the decoder, the adapter or None, the base."""
+    return files.read_json(folder / "model.json")
+
+
+def open_model(config: ConfigDict, source: str | os.PathLike, mesh: Mesh) -> Policy:
+    """A model folder of a stage, a Hugging Face directory or hub id, or a PEFT directory on top of its base."""
+    if (pathlib.Path(source) / "model.json").is_file():
+        return load(config, pathlib.Path(source), mesh)
+    m = config.model
+    path, revision = str(source), m.revision
+    if peft.is_directory(source):
+        path, revision = (m.path, m.revision) if m.path else peft.base_name(source)
+        if not path:
+            raise UserError(f"{source}: the adapter does not name its base; pass --config.model.path=DIR")
+    folder, commit = hub.local(path, revision)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: neither a stage's model folder (model.json) nor a Hugging Face one (config.json)")
+        raise UserError(f"{path}: neither a stage's model folder (model.json) nor a Hugging Face one (config.json)")
     architecture = checkpoints_hf.read_config(folder)
-    lm = LanguageModel(architecture, None, config.model.dtype, config.model.param_dtype, config.model.remat)
-    params = sharding.place(mesh, checkpoints_hf.read(folder, architecture, config.model.param_dtype))
-    return Policy(lm, _encoder(config, folder), mesh, {}, params)
+    lora = peft.read_config(source, architecture) if peft.is_directory(source) else None
+    described = {
+        "decoder": dataclasses.asdict(architecture),
+        "lora": lora and dataclasses.asdict(lora),
+        "base": {"path": path, "revision": commit},
+    }
+    return _assemble(config, folder, described, mesh, adapter=str(source) if lora else "", tokenizer=folder)
 
 
 def hand_on(source: pathlib.Path, out: pathlib.Path) -> None:
@@ -99,47 +129,66 @@ def hand_on(source: pathlib.Path, out: pathlib.Path) -> None:
     files.write_bytes(out / "model.json", (source / "model.json").read_bytes())
 
 
-def load_model(config: ConfigDict, workdir: pathlib.Path, stage: str) -> tuple[DecoderConfig, dict, pathlib.Path]:
-    """Architecture, merged parameters and tokenizer folder of a stage, for export."""
-    policy = load(config, workdir / stage, sharding.make_mesh(config.mesh))
-    params = adapters.merge(policy.params, policy.lm.lora) if policy.lm.lora else policy.params
-    return policy.lm.config, params, workdir / stage / "tokenizer"
+def _adapter(m: ConfigDict, architecture: DecoderConfig) -> LoRAConfig | None:
+    """What is trained on top of a frozen base; None for full tuning."""
+    if m.tuning not in ("full", "lora"):
+        raise UserError(f"model.tuning={m.tuning!r}: choose full or lora")
+    if m.tuning == "full":
+        if m.adapter:
+            raise UserError("model.adapter: an adapter is continued with model.tuning=lora")
+        return None
+    if m.adapter:
+        return peft.read_config(m.adapter, architecture)
+    lora = LoRAConfig(m.lora.rank, m.lora.alpha, m.lora.targets, m.lora.dropout, m.lora.rslora)
+    modules = checkpoints_hf.module_names(architecture)
+    if lora.rank < 1 or not 0 <= lora.dropout < 1 or not any(map(lora.matches, modules)):
+        raise UserError(
+            f"model.lora: rank {lora.rank} must be at least 1, dropout {lora.dropout} in [0, 1), and targets "
+            f"{lora.targets!r} a regular expression that matches some of {', '.join(modules)}"
+        )
+    return lora
 
 
-def _assemble(config, folder: pathlib.Path, description: dict, mesh: Mesh, trained: pathlib.Path | None) -> Policy:
+def _assemble(
+    config: ConfigDict,
+    folder: pathlib.Path,
+    described: dict[str, Any],
+    mesh: Mesh,
+    *,
+    trained: pathlib.Path | None = None,
+    adapter: str = "",
+    tokenizer: pathlib.Path | None = None,
+) -> Policy:
+    """Every parameter from where it comes: `trained`, the PEFT directory `adapter`, the base's files, or a new draw."""
     m = config.model
-    architecture = description["decoder"]
-    if architecture["rope_scaling"] is not None:  # JSON has no tuples
-        architecture = architecture | {"rope_scaling": tuple(map(tuple, architecture["rope_scaling"]))}
-    lora = LoRAConfig(**description["lora"]) if description["lora"] else None
-    lm = LanguageModel(DecoderConfig(**architecture), lora, m.dtype, m.param_dtype, m.remat)
-    key = jax.random.key(seeds.key(description["base"].get("seed", config.seed), "init") >> 33)
+    lora = LoRAConfig(**described["lora"]) if described["lora"] else None
+    lm = LanguageModel(DecoderConfig(**described["decoder"]), lora, m.dtype, m.param_dtype, m.remat, m.quantize)
+    base = described["base"]
+    key = jax.random.key(seeds.key(base.get("seed", config.seed), "init") >> 33)
     shapes = jax.eval_shape(lm.init, key)
     layout = sharding.shardings(mesh, shapes)
-    learns = functools.partial(_learns, lora is not None)
-    trainable: Mapping[str, jax.Array] = {}
+    learns = {path for path in shapes if lora is None or adapters.is_adapter(path)}
+    params: dict[str, jax.Array] = {}
     if trained is not None:
-        like = {p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout[p]) for p, s in shapes.items() if learns(p)}
-        trainable = checkpoint.load_params(trained, like)
-    params: Mapping[str, jax.Array] = {}
-    if len(trainable) < len(shapes):
-        params = jax.jit(lm.init, out_shardings=layout)(key)
-        if path := description["base"].get("path"):
-            read = checkpoints_hf.read(path, lm.config, m.param_dtype)
-            params = {**params, **sharding.place(mesh, read)}
+        like = {p: jax.ShapeDtypeStruct(shapes[p].shape, shapes[p].dtype, sharding=layout[p]) for p in learns}
+        params |= checkpoint.load_params(trained, like)
+    if lora and adapter:
+        params |= peft.read(adapter, lm.config, lora, layout)
+    if "path" in base and not shapes.keys() <= params.keys():
+        source, _ = hub.local(base["path"], base["revision"])
+        params |= checkpoints_hf.read(source, lm.config, m.param_dtype, layout, lm.quantize)
+    if missing := sorted(shapes.keys() - params.keys()):
+        draw = jax.jit(lambda key: {p: lm.init(key)[p] for p in missing}, out_shardings={p: layout[p] for p in missing})
+        params |= draw(key)
     return Policy(
         lm,
-        _encoder(config, folder / "tokenizer"),
+        _encoder(config, tokenizer or folder / "tokenizer"),
         mesh,
-        {path: value for path, value in params.items() if not learns(path)},
-        trainable or {path: value for path, value in params.items() if learns(path)},
+        {path: params[path] for path in shapes if path not in learns},
+        {path: params[path] for path in shapes if path in learns},
     )
 
 
 def _encoder(config: ConfigDict, tokenizer: pathlib.Path) -> Encoder:
     m = config.model
     return Encoder(tokenizer, Template.load(config.data.template), m.prompt_length, m.response_length, m.chat_template)
-
-
-def _learns(lora: bool, path: str) -> bool:
-    return adapters.is_adapter(path) or not lora

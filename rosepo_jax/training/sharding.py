@@ -17,18 +17,19 @@ from rosepo_jax.errors import UserError
 
 AXES = ("replica", "fsdp", "tensor")
 
+# `kernel_scale` of a quantised kernel lies like the kernel; a bias like the kernel's outputs.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embedding", PartitionSpec("tensor", "fsdp")),
     (r"head/kernel", PartitionSpec("fsdp", "tensor")),
-    (r"blocks/attention/(query|key|value)/kernel", PartitionSpec(None, "fsdp", "tensor")),
-    (r"blocks/attention/output/kernel", PartitionSpec(None, "tensor", "fsdp")),
-    (r"blocks/mlp/(gate|up)/kernel", PartitionSpec(None, "fsdp", "tensor")),
-    (r"blocks/mlp/down/kernel", PartitionSpec(None, "tensor", "fsdp")),
+    (r"blocks/.*/(query|key|value|gate|up)/kernel(_scale)?", PartitionSpec(None, "fsdp", "tensor")),
+    (r"blocks/.*/(query|key|value|gate|up)/bias", PartitionSpec(None, "tensor")),
+    (r"blocks/.*/(output|down)/kernel(_scale)?", PartitionSpec(None, "tensor", "fsdp")),
+    (r"blocks/.*/(output|down)/bias", PartitionSpec(None, "fsdp")),
     (r"blocks/.*/(query|key|value|gate|up)/lora_a", PartitionSpec(None, "fsdp", None)),
     (r"blocks/.*/(query|key|value|gate|up)/lora_b", PartitionSpec(None, None, "tensor")),
     (r"blocks/.*/(output|down)/lora_a", PartitionSpec(None, "tensor", None)),
     (r"blocks/.*/(output|down)/lora_b", PartitionSpec(None, None, "fsdp")),
-    (r"(blocks/\w+_)?norm/scale", PartitionSpec()),
+    (r"(.*[/_])?norm/scale", PartitionSpec()),
 )
 
 
@@ -36,6 +37,10 @@ def make_mesh(config: ConfigDict) -> Mesh:
     """The device mesh of `config` (replica, fsdp, tensor); one of them may be -1: all devices that are left."""
     sizes = [config.replica, config.fsdp, config.tensor]
     devices = jax.device_count()
+    if config.devices not in (0, devices):
+        raise UserError(
+            f"mesh.devices={config.devices}, but there are {devices} devices: some hosts or chips are missing"
+        )
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f"mesh: sizes {sizes} must be positive, and at most one -1")
     known = math.prod(size for size in sizes if size != -1)

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import pathlib
@@ -12,9 +13,11 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rosepo_jax.decoding.greedy import greedy
 from rosepo_jax.errors import UserError
 from rosepo_jax.models import checkpoints_hf as hf
 from rosepo_jax.models.decoder import DecoderConfig, LanguageModel
+from rosepo_jax.training import sharding
 
 CONVERTER = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "convert_llama2c.py"
 LLAMA3 = {
@@ -176,16 +179,16 @@ def test_defaults_of_the_llama_type(tmp_path):
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2'"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_bias": 1}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"logit_scale": 0.5}, "logit_scale"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor = '2'"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"hidden_size": ...}, "hidden_size is missing"),
         ({"num_hidden_layers": "3"}, "num_hidden_layers = '3'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers = 0"),
         ({"vocab_size": 11.5}, "vocab_size = 11.5"),
@@ -225,6 +228,70 @@ def test_pickles_are_refused_with_a_hint(tmp_path, name):
         hf.read(path, TIED)
     with pytest.raises(UserError, match="pickle"):
         hf.read_config(path / name)
+
+
+MESH = jax.sharding.Mesh(np.array(jax.devices()).reshape(1, 4, 2), sharding.AXES)
+
+
+@pytest.mark.parametrize("quantized", ["none", "int8", "nf4"])
+def test_reading_into_shards_changes_no_bit(tmp_path, monkeypatch, quantized):
+    """On eight devices, a few rows of a file at a time: the same numbers, laid out as asked for."""
+    config = dataclasses.replace(UNTIED, vocabulary=12, width=8, heads=4, kv_heads=2, mlp_width=16)
+    path = make_directory(tmp_path / "in", config, random_tensors(config, "float32"))
+    whole = hf.read(path, config, "bfloat16", quantized=quantized)
+    shapes = jax.eval_shape(LanguageModel(config, param_dtype="bfloat16", quantize=quantized).init, jax.random.key(0))
+    layout = sharding.shardings(MESH, shapes)
+    monkeypatch.setattr(hf, "_CHUNK", 70)
+    split = hf.read(path, config, "bfloat16", layout, quantized)
+    assert split.keys() == whole.keys() == shapes.keys()
+    for name, value in split.items():
+        assert value.sharding == layout[name] and value.dtype == shapes[name].dtype, name
+        np.testing.assert_array_equal(sharding.to_host(value), sharding.to_host(whole[name]), err_msg=name)
+    assert any(not value.is_fully_replicated for value in split.values())
+
+
+def test_a_process_reads_the_rows_of_its_own_shards_only(tmp_path, monkeypatch):
+    path = make_directory(tmp_path / "in", TIED, random_tensors(TIED, "float32"))
+    [tensor] = [t for name, t in hf.headers(path / "model.safetensors").items() if name == "model.embed_tokens.weight"]
+    read = []
+    original = np.fromfile
+    monkeypatch.setattr(np, "fromfile", lambda file, dtype, count: read.append(count) or original(file, dtype, count))
+    part = tensor.load((slice(3, 5), slice(2, 8)), False, np.dtype(np.float32))
+    assert sum(read) == 2 * TIED.width  # two whole rows of the file
+    expected = random_tensors(TIED, "float32")["model.embed_tokens.weight"][3:5, 2:8]
+    np.testing.assert_array_equal(part, expected)
+
+
+def test_the_language_model_of_an_image_and_text_checkpoint(tmp_path):
+    """Gemma 3 as the hub has it: prefixes, vision tensors beside it, sandwich norms, 1 + scale."""
+    config = dataclasses.replace(
+        TIED, family="gemma3_text", activation="gelu_tanh", post_norms=True, unit_offset=True, scale_embeddings=True,
+        query_key_norm=True, query_scale=6**-0.5, window=4, sliding=(True, False, True), local_rope_theta=1e4,
+        rope_theta=1e6,
+    )  # fmt: skip
+    params = LanguageModel(config).init(jax.random.key(0))
+    hf.write(tmp_path / "text", config, params, None)
+    plain = load_all(tmp_path / "text")
+    assert "model.layers.0.pre_feedforward_layernorm.weight" in plain
+    assert "model.layers.2.self_attn.q_norm.weight" in plain and hf.read_config(tmp_path / "text") == config
+    vision = {"vision_tower.vision_model.post_layernorm.weight": np.ones(3, np.float32)}
+    for number, prefix in enumerate(("language_model.model.", "model.language_model.")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        renamed = {name.replace("model.", prefix, 1): value for name, value in plain.items()}
+        safetensors.numpy.save_file(renamed | vision, folder / "model.safetensors")
+        text = json.loads((tmp_path / "text" / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+        assert hf.read_config(folder) == config
+        found = hf.read(folder, config)
+        assert all(np.array_equal(found[path], value) for path, value in params.items())
+
+
+def test_the_end_of_a_chat_turn_ends_generation(tmp_path):
+    params = hf.read(make_directory(tmp_path / "in", TIED, random_tensors(TIED, "float32")), TIED)
+    hf.write(tmp_path / "out", TIED, params, None, eos=7)
+    settings_json = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert settings_json == {"do_sample": False, "eos_token_id": [7]}
 
 
 def test_every_tensor_is_accounted_for(tmp_path):
@@ -309,7 +376,7 @@ def test_write_is_all_or_nothing(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(hf, "_config_json", fail)
+        patch.setattr(hf.families, "config_json", fail)
         with pytest.raises(OSError, match="disk full"):
             hf.write(tmp_path / "out", TIED, params, None)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
@@ -380,3 +447,16 @@ def test_real_tokenizer(stories):
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
     settings_json = json.loads((stories / "generation_config.json").read_text())
     assert settings_json == {"do_sample": False, "bos_token_id": 1, "eos_token_id": 2}
+
+
+@pytest.mark.real_data
+def test_real_checkpoint_tells_its_story(stories):
+    """256 greedy tokens after BOS: the text that its makers published, byte for byte."""
+    config = hf.read_config(stories)
+    prompt, mask = np.array([[1]], np.int32), np.ones((1, 1), bool)
+    tokens, logp = greedy(LanguageModel(config), hf.read(stories, config), prompt, mask, max_tokens=256, eos=2)
+    text = transformers.AutoTokenizer.from_pretrained(stories).decode(np.array(tokens[0]))
+    assert len(text.encode()) == 565 and text.startswith(TEXT)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    assert digest == "30b2ffb07967932a88bfdf5e23b517a6f4cfcf7231db9e537360d3c12a4e4d10"
+    np.testing.assert_allclose(logp[0], -117.080637, atol=1e-3)

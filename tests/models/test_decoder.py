@@ -29,6 +29,30 @@ VARIANTS = {
     "all_kv_heads_untied": dataclasses.replace(CONFIG, kv_heads=4, tie_embeddings=False),
     "linear_rope": dataclasses.replace(CONFIG, rope_scaling=tuple(sorted(LINEAR.items()))),
     "llama3_rope": dataclasses.replace(CONFIG, rope_scaling=tuple(sorted(LLAMA3.items())), rope_theta=50.0),
+    "window": dataclasses.replace(CONFIG, window=3, sliding=(True, True)),
+    "biases": dataclasses.replace(CONFIG, biases=("attention/query", "attention/key", "attention/output", "mlp/down")),
+    "query_key_norm": dataclasses.replace(CONFIG, query_key_norm=True, query_scale=0.7),
+    "sandwich": dataclasses.replace(
+        CONFIG,
+        activation="gelu_tanh",
+        post_norms=True,
+        unit_offset=True,
+        scale_embeddings=True,
+        attention_cap=2.0,
+        logit_cap=3.0,
+        window=2,
+        sliding=(True, False),
+    ),
+    "two_rope_bases": dataclasses.replace(
+        CONFIG,
+        rope_theta=500.0,
+        local_rope_theta=20.0,
+        rope_scaling=tuple(sorted(LINEAR.items())),
+        query_key_norm=True,
+        unit_offset=True,
+        window=4,
+        sliding=(True, False),
+    ),
 }
 
 
@@ -40,7 +64,7 @@ def random_params(config, seed=0, **kinds):
     generator = np.random.default_rng(seed)
     shapes = jax.eval_shape(LanguageModel(config, **kinds).init, jax.random.key(0))
     return {
-        path: jnp.asarray(generator.normal(size=s.shape) * 0.5 + ("norm" in path), s.dtype)
+        path: jnp.asarray(generator.normal(size=s.shape) * 0.5 + ("norm" in path and not config.unit_offset), s.dtype)
         for path, s in shapes.items()
     }
 
@@ -48,7 +72,9 @@ def random_params(config, seed=0, **kinds):
 # ---- The naive forward: one unpadded sequence, one position and one head at a time, float64 ------------------------
 
 
-def naive_frequencies(config):
+def naive_frequencies(config, slides=False):
+    if slides and config.local_rope_theta:
+        config = dataclasses.replace(config, rope_theta=config.local_rope_theta, rope_scaling=None)
     frequency = config.rope_theta ** -(np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
     scaling = dict(config.rope_scaling or ())
     kind = scaling.get("rope_type", "default")
@@ -71,42 +97,68 @@ def naive_frequencies(config):
     return frequency
 
 
-def naive_logits(config, params, tokens):
-    """Logits [S, V] after every token of one sequence."""
-    p = {path: np.asarray(value, np.float64) for path, value in params.items()}
-    E, group = config.head_dim, config.heads // config.kv_heads
-    frequency = naive_frequencies(config)
+def naive_norm(config, x, scale):
+    return x / np.sqrt((x * x).mean() + config.norm_epsilon) * (scale + config.unit_offset)
 
-    def norm(x, scale):
-        return x / np.sqrt((x * x).mean() + config.norm_epsilon) * scale
+
+def capped(x, cap):
+    return cap * np.tanh(x / cap) if cap else x
+
+
+def naive_block(config, w, slides, states):
+    """One block over the states of all positions; `w` holds its parameters."""
+    E, group = config.head_dim, config.heads // config.kv_heads
+    frequency = naive_frequencies(config, slides)
+    activate = {
+        "silu": lambda x: x / (1 + np.exp(-x)),
+        "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    }[config.activation]
+
+    def norm(name, x):
+        return naive_norm(config, x, w[f"{name}/scale"])
+
+    def linear(name, x):
+        return x @ w[f"{name}/kernel"] + w.get(f"{name}/bias", 0.0)
+
+    def head(name, x, number):
+        x = x[number * E : (number + 1) * E]
+        return norm(f"attention/{name}_norm", x) if config.query_key_norm else x
 
     def rotated(x, position):
         pairs = (x[: E // 2] + 1j * x[E // 2 :]) * np.exp(1j * position * frequency)
         return np.concatenate([pairs.real, pairs.imag])
 
-    states = [p["embedding"][token] for token in tokens]
-    for layer in range(config.layers):
+    normed = [norm("attention_norm", x) for x in states]
+    query, key, value = ([linear(f"attention/{n}", x) for x in normed] for n in ("query", "key", "value"))
+    after = []
+    for s, x in enumerate(states):
+        first = max(0, s + 1 - config.window) if slides else 0
+        heads = []
+        for h in range(config.heads):
+            k = h // group
+            q_head = rotated(head("query", query[s], h), s)
+            k_heads = np.array([rotated(head("key", key[u], k), u) for u in range(first, s + 1)])
+            v_heads = np.array([value[u][k * E : (k + 1) * E] for u in range(first, s + 1)])
+            score = capped(k_heads @ q_head * (config.query_scale or 1 / math.sqrt(E)), config.attention_cap)
+            weight = np.exp(score - score.max())
+            heads.append(weight / weight.sum() @ v_heads)
+        update = linear("attention/output", np.concatenate(heads))
+        x = x + (norm("attention_post_norm", update) if config.post_norms else update)
+        y = norm("mlp_norm", x)
+        update = linear("mlp/down", activate(linear("mlp/gate", y)) * linear("mlp/up", y))
+        after.append(x + (norm("mlp_post_norm", update) if config.post_norms else update))
+    return after
+
+
+def naive_logits(config, params, tokens):
+    """Logits [S, V] after every token of one sequence."""
+    p = {path: np.asarray(value, np.float64) for path, value in params.items()}
+    states = [p["embedding"][token] * (math.sqrt(config.width) if config.scale_embeddings else 1) for token in tokens]
+    for layer, slides in enumerate(config.sliding or (False,) * config.layers):
         w = {path.removeprefix("blocks/"): v[layer] for path, v in p.items() if path.startswith("blocks/")}
-        normed = [norm(x, w["attention_norm/scale"]) for x in states]
-        query, key, value = ([x @ w[f"attention/{n}/kernel"] for x in normed] for n in ("query", "key", "value"))
-        after = []
-        for s, x in enumerate(states):
-            heads = []
-            for h in range(config.heads):
-                k = h // group
-                q_head = rotated(query[s][h * E : (h + 1) * E], s)
-                k_heads = np.array([rotated(key[u][k * E : (k + 1) * E], u) for u in range(s + 1)])
-                v_heads = np.array([value[u][k * E : (k + 1) * E] for u in range(s + 1)])
-                score = k_heads @ q_head / math.sqrt(E)
-                weight = np.exp(score - score.max())
-                heads.append(weight / weight.sum() @ v_heads)
-            x = x + np.concatenate(heads) @ w["attention/output/kernel"]
-            y = norm(x, w["mlp_norm/scale"])
-            gate = y @ w["mlp/gate/kernel"]
-            after.append(x + (gate / (1 + np.exp(-gate)) * (y @ w["mlp/up/kernel"])) @ w["mlp/down/kernel"])
-        states = after
-    head = p["embedding"].T if config.tie_embeddings else p["head/kernel"]
-    return np.array([norm(x, p["norm/scale"]) for x in states]) @ head
+        states = naive_block(config, w, slides, states)
+    kernel = p["embedding"].T if config.tie_embeddings else p["head/kernel"]
+    return capped(np.array([naive_norm(config, x, p["norm/scale"]) for x in states]) @ kernel, config.logit_cap)
 
 
 def naive_logp(config, params, prompt, response):
@@ -211,7 +263,7 @@ def test_llama3_scaling_uses_its_three_bands():
     ratio = naive_frequencies(config) / plain
     assert ratio.max() == 1.0 and ratio.min() == 1 / LLAMA3["factor"]
     assert np.any((ratio < 1) & (ratio > 1 / LLAMA3["factor"]))
-    np.testing.assert_allclose(decoder.rope_frequencies(config), naive_frequencies(config), rtol=1e-6)
+    np.testing.assert_allclose(decoder.rope_frequencies(config), [naive_frequencies(config)] * 2, rtol=1e-6)
 
 
 @settings(max_examples=30, deadline=None)
@@ -248,9 +300,10 @@ def test_one_response_token_each():
     assert all(np.isfinite(value).all() for value in gradient.values())
 
 
-@pytest.mark.parametrize("config", [VARIANTS["llama3_rope"], VARIANTS["all_kv_heads_untied"]])
-def test_prefill_and_extend_equal_the_scoring_forward(config):
+@pytest.mark.parametrize("name", ["llama3_rope", "all_kv_heads_untied", "window", "sandwich", "two_rope_bases"])
+def test_prefill_and_extend_equal_the_scoring_forward(name):
     """Decoding token by token gives the logits of `hidden`, whatever lies in the cache behind the current depth."""
+    config = VARIANTS[name]
     lm, params = LanguageModel(config), random_params(config)
     prompts, responses = ragged(response_lengths=((5, 5, 5), (5, 5, 5)))
     prompt, mask, response, _ = padded(prompts, responses, extra_prompt=2)

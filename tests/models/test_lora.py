@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rosepo_jax.models import lora
+from rosepo_jax.models import decoder, lora
 from rosepo_jax.models.decoder import DecoderConfig, LanguageModel
 from rosepo_jax.models.lora import LoRAConfig
 from rosepo_jax.preference.logprobs import response_logps
@@ -88,3 +88,40 @@ def test_gradient_reaches_the_second_factor_at_once_and_the_first_after_it():
     gradient = jax.jit(jax.grad(lambda p: response_logps(lm, p, *BATCH).sum()))(params)
     for path in filter(lora.is_adapter, params):
         assert np.any(gradient[path]) == path.endswith("/lora_b"), path
+
+
+def test_dropout_is_of_the_row_and_the_update_alone():
+    """The same row drops the same inputs in another batch or beside more padding; another key drops others."""
+    config = dataclasses.replace(LORA, dropout=0.5)
+    lm = LanguageModel(CONFIG, config)
+    generator = np.random.default_rng(1)
+    params = {
+        path: jnp.asarray(generator.normal(size=value.shape), value.dtype) if lora.is_adapter(path) else value
+        for path, value in lm.init(jax.random.key(0)).items()
+    }
+    keys = jax.vmap(jax.random.key)(jnp.arange(2))
+    dropped = logps(lm, params, *BATCH, keys)
+    swapped = logps(lm, params, *(x[::-1] for x in BATCH), keys[::-1])
+    np.testing.assert_allclose(swapped, dropped[::-1], rtol=1e-5)
+    alone = logps(lm, params, *(x[1:] for x in BATCH), keys[1:])
+    np.testing.assert_allclose(alone, dropped[1:], rtol=1e-5)
+    plain = logps(lm, params, *BATCH)
+    np.testing.assert_array_equal(plain, logps(LanguageModel(CONFIG, LORA), params, *BATCH))
+    assert np.abs(dropped - plain).max() > 0.1
+    other = logps(lm, params, *BATCH, jax.vmap(jax.random.key)(jnp.arange(2) + 7))
+    assert np.abs(dropped - other).max() > 0.1
+
+
+def test_dropout_keeps_the_mean_and_each_map_draws_its_own():
+    x = jnp.ones((3, 400, 50))
+    keys = jax.vmap(jax.random.key)(jnp.arange(3))
+    one, two = (decoder._drop(x, keys, 0.25, path) for path in ("attention/query", "attention/key"))
+    assert set(np.unique(one)) == {0.0, np.float32(1 / 0.75)}
+    # 60,000 draws: the mean's standard deviation is sqrt(.25 / .75 / 60000) = .0024.
+    assert abs(float(one.mean()) - 1) < 5 * 0.0024
+    assert 0.3 < float((one != two).mean()) < 0.45  # 2 x .25 x .75 where the draws are independent
+    assert not np.array_equal(one[0], one[1])
+
+
+def test_rank_stabilised_scale():
+    assert LoRAConfig(16, 8.0, ".*").scale == 0.5 and LoRAConfig(16, 8.0, ".*", rslora=True).scale == 2.0

@@ -1,26 +1,29 @@
 import argparse
 import json
+import shutil
 
-import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from rosepo_jax import files
 from rosepo_jax.config import default
+from rosepo_jax.data import examples
+from rosepo_jax.decoding import rank
 from rosepo_jax.errors import UserError
 from rosepo_jax.models import checkpoints_hf
-from rosepo_jax.models.decoder import DecoderConfig, LanguageModel
 from rosepo_jax.stages import export, runtime
-from rosepo_jax.training import policy
-
-DECODER = DecoderConfig(vocabulary=11, width=8, layers=2, heads=2, kv_heads=1, head_dim=4, mlp_width=6)
+from rosepo_jax.training import checkpoint, policy, sharding
 
 
 @pytest.fixture
-def workdir(tmp_path, monkeypatch):
-    """A run as its manifests record it; the parameters are new ones."""
-    config = default()
+def config():
+    return default()
+
+
+@pytest.fixture
+def workdir(tmp_path, config):
+    """A run as its manifests record it."""
     config.data.path = "/elsewhere/logs"
     manifest = {
         "identity": "id-align",
@@ -34,9 +37,16 @@ def workdir(tmp_path, monkeypatch):
     files.write_json(tmp_path / "align" / runtime.MANIFEST, manifest)
     prepared = manifest | {"identity": "id-prepare", "inputs": {"data.path": "hash-of-data"}}
     files.write_json(tmp_path / "prepare" / runtime.MANIFEST, prepared)
-    params = LanguageModel(DECODER).init(jax.random.key(0))
-    monkeypatch.setattr(policy, "load_model", lambda *_: (DECODER, params, tmp_path / "align" / "tokenizer"))
+    make_model(tmp_path / "align", config)
     return tmp_path
+
+
+def make_model(folder, config, **keys):
+    """The model folder of a stage, as training leaves it."""
+    config.model.update({"vocabulary": 280, "width": 8, "layers": 2, "heads": 2, "kv_heads": 1, "mlp_width": 6} | keys)
+    made = policy.create(config, folder, sharding.make_mesh(config.mesh), ["Blue Harbour", "Nights of Rain"])
+    checkpoint.save_params(folder / "model", {path: x + 0.1 for path, x in made.trainable.items()})
+    return policy.load(config, folder, made.mesh)
 
 
 def evaluated(workdir, align="id-align"):
@@ -59,13 +69,13 @@ def arguments(workdir, *words):
     return args
 
 
-def test_writes_a_directory_with_a_card(workdir, tmp_path, capsys):
+def test_writes_a_directory_with_a_card(workdir, config, tmp_path, capsys):
     evaluated(workdir)
-    export.main(default(), arguments(workdir, f"--output={tmp_path / 'hf'}"))
-    assert checkpoints_hf.read_config(tmp_path / "hf") == DECODER
-    params = checkpoints_hf.read(tmp_path / "hf", DECODER)
-    expected = policy.load_model(None, None, None)[1]
-    assert all(np.array_equal(params[path], expected[path]) for path in expected)
+    export.main(config, arguments(workdir, f"--output={tmp_path / 'hf'}"))
+    model = policy.load(config, workdir / "align", sharding.make_mesh(config.mesh))
+    assert checkpoints_hf.read_config(tmp_path / "hf") == model.lm.config
+    params = checkpoints_hf.read(tmp_path / "hf", model.lm.config)
+    assert all(np.array_equal(params[path], value) for path, value in model.params.items())
     assert f"{sum(value.size for value in params.values()):,} parameters" in capsys.readouterr().out
     card = (tmp_path / "hf" / "README.md").read_text()
     for text in (
@@ -94,12 +104,46 @@ def test_results_of_another_checkpoint_are_not_shown(workdir):
     assert "Not evaluated." in card and "0.4123" not in card
 
 
-def test_mistakes(workdir, tmp_path):
+@pytest.mark.parametrize("quantized", ["none", "int8", "nf4"])
+def test_an_adapter_leaves_alone_or_folded_into_its_base(workdir, config, tmp_path, quantized):
+    """Both exports, opened again, give the log-probs of the run's own model."""
+    export.main(config, arguments(workdir, f"--output={tmp_path / 'base'}"))
+    shutil.rmtree(workdir / "align" / "model")
+    keys = {"path": str(tmp_path / "base"), "tuning": "lora", "quantize": quantized}
+    expected = score(make_model(workdir / "align", config, **keys))
+    export.main(config, arguments(workdir, f"--output={tmp_path / 'merged'}"))
+    export.main(config, arguments(workdir, "--format=adapter", f"--output={tmp_path / 'peft'}"))
+    mesh, plain = sharding.make_mesh(config.mesh), default()
+    np.testing.assert_allclose(score(policy.open_model(plain, tmp_path / "merged", mesh)), expected, rtol=1e-5)
+    plain.model.quantize = quantized
+    np.testing.assert_array_equal(score(policy.open_model(plain, tmp_path / "peft", mesh)), expected)
+    assert "Next-item recommender" in (tmp_path / "peft" / "README.md").read_text()
+
+
+def score(model):
+    batch = examples.prompts(model.encoder, ["Blue Harbour\n"]) | examples.responses(
+        model.encoder, [["Rain", "Harbour"]]
+    )
+    return rank.logps(model, model.params, {name: np.repeat(x, 8, axis=0) for name, x in batch.items()})
+
+
+def test_only_an_adapter_on_a_base_of_ones_own_can_leave_alone(workdir, config, tmp_path):
+    words = ["--format=adapter", f"--output={tmp_path / 'peft'}"]
+    with pytest.raises(UserError, match="tuned the whole model"):
+        export.main(config, arguments(workdir, *words))
+    shutil.rmtree(workdir / "align" / "model")
+    make_model(workdir / "align", config, tuning="lora")
+    with pytest.raises(UserError, match="the base was a new model"):
+        export.main(config, arguments(workdir, *words))
+    assert not (tmp_path / "peft").exists()
+
+
+def test_mistakes(workdir, config, tmp_path):
     with pytest.raises(UserError, match="--workdir"):
         export.main(None, arguments(None, "--output=x"))
     with pytest.raises(UserError, match="rosepo sft"):
         export.main(default(), arguments(workdir, "--checkpoint=sft", "--output=x"))
     with pytest.raises(UserError, match="not an empty directory"):
-        export.main(default(), arguments(workdir, f"--output={tmp_path}"))
+        export.main(config, arguments(workdir, f"--output={tmp_path}"))
     with pytest.raises(SystemExit):
         arguments(workdir, "--checkpoint=oracle", "--output=x")

@@ -97,11 +97,14 @@ def test_decay_touches_matrices_only():
         "embedding": jnp.full((2, 3), 2.0),
         "blocks/attention/query/lora_a": jnp.full((2, 3, 1), 2.0),
         "blocks/attention_norm/scale": jnp.full((2, 3), 2.0),
+        "blocks/attention/query/bias": jnp.full((2, 3), 2.0),
         "norm/scale": jnp.full((3,), 2.0),
     }
     updates, _ = transformation.update({path: 0 * x for path, x in params.items()}, transformation.init(params), params)
     for path, value in updates.items():
-        np.testing.assert_allclose(value, 0.0 if "norm" in path else -0.5 * 0.1 * 2.0, rtol=1e-6, err_msg=path)
+        np.testing.assert_allclose(
+            value, 0.0 if path.endswith(("norm/scale", "bias")) else -0.5 * 0.1 * 2.0, rtol=1e-6, err_msg=path
+        )
 
 
 def test_gradients_are_clipped_by_their_global_norm():

@@ -10,11 +10,12 @@ from jax.sharding import Mesh
 
 from rosepo_jax import config as defaults
 from rosepo_jax.errors import UserError
-from rosepo_jax.models import checkpoints_hf, lora
+from rosepo_jax.models import checkpoints_hf, lora, peft
 from rosepo_jax.preference.logprobs import response_logps
 from rosepo_jax.training import checkpoint, policy, sharding
 
 TITLES = ["Blue Harbour", "Blue Harbour 2", "The Long Night", "Nights of Rain"] * 5
+MANY_TITLES = [f"{a} {b} {c}" for a in "north south east west".split() for b in "sea land".split() for c in range(40)]
 
 
 def small(tuning="full", **keys):
@@ -79,10 +80,8 @@ def test_handing_on_keeps_description_and_tokenizer(made, mesh, tmp_path):
 def test_a_hugging_face_directory_is_the_same_model(made, mesh, tmp_path):
     """Merged, written, opened as it is: the same log-probabilities."""
     config, folder, new = made
-    (tmp_path / "sft").symlink_to(folder)
-    architecture, params, tokenizer = policy.load_model(config, tmp_path, "sft")
-    assert not any(map(lora.is_adapter, params))
-    checkpoints_hf.write(tmp_path / "hf", architecture, params, tokenizer)
+    params = lora.merge(new.params, new.lm.lora)
+    checkpoints_hf.write(tmp_path / "hf", new.lm.config, params, folder / "tokenizer")
     found = policy.open_model(config, tmp_path / "hf", mesh)
     generator = np.random.default_rng(0)
     batch = (
@@ -138,6 +137,13 @@ def test_mistakes_are_named(mesh, tmp_path):
         (small("qlora"), r"model\.tuning='qlora': choose full or lora"),
         (small(heads=3), "must divide evenly"),
         (small(kv_heads=3), "must divide evenly"),
+        (small(quantize="int8"), "use model.tuning=lora"),
+        (small("lora", quantize="int4"), "choose one of none, int8, nf4"),
+        (small(adapter="x"), "continued with model.tuning=lora"),
+        (
+            small("lora", lora={"rank": 2, "alpha": 1.0, "targets": "q_proj", "dropout": 0.0}),
+            "matches some of attention/q",
+        ),
         (small(path=str(tmp_path / "nowhere")), r"model\.path=.*nowhere.*not a Hugging Face model directory"),
     ):
         with pytest.raises(UserError, match=message):
@@ -146,9 +152,68 @@ def test_mistakes_are_named(mesh, tmp_path):
         policy.open_model(small(), tmp_path, mesh)
 
 
-def test_another_dtype_than_the_stored_one_is_refused(made, mesh):
-    config, folder, _ = made
-    config = config.copy_and_resolve_references()
+def test_another_dtype_than_the_stored_one_is_refused(mesh, tmp_path):
+    config = small()
+    checkpoint.save_params(tmp_path / "model", policy.create(config, tmp_path, mesh, TITLES).trainable)
     config.model.param_dtype = "bfloat16"
     with pytest.raises(UserError, match=r"is float32.*expected bfloat16"):
-        policy.load(config, folder, mesh)
+        policy.load(config, tmp_path, mesh)
+
+
+@pytest.fixture
+def directory(mesh, tmp_path):
+    """A Hugging Face directory, and the parameters in it."""
+    first = policy.create(small(), tmp_path / "preset", mesh, TITLES)
+    checkpoints_hf.write(tmp_path / "hf", first.lm.config, first.params, tmp_path / "preset" / "tokenizer")
+    return tmp_path / "hf", first
+
+
+def test_adapters_are_float32_on_a_bfloat16_base(mesh, directory, tmp_path):
+    new = policy.create(small("lora", path=str(directory[0]), param_dtype="bfloat16"), tmp_path / "sft", mesh, [])
+    assert {str(value.dtype) for value in new.base.values()} == {"bfloat16"}
+    assert {str(value.dtype) for value in new.trainable.values()} == {"float32"}
+
+
+@pytest.mark.parametrize("how", ["int8", "nf4"])
+def test_a_quantised_base_is_the_directorys_rounded_to_its_format(how, mesh, directory, tmp_path):
+    folder, first = directory
+    config = small("lora", path=str(folder), quantize=how)
+    new = policy.create(config, tmp_path / "sft", mesh, [])
+    checkpoint.save_params(tmp_path / "sft" / "model", new.trainable)
+    assert_same(policy.load(config, tmp_path / "sft", mesh).base, new.base)
+    restored = lora.merge(new.params, new.lm.lora, how)
+    for path, value in first.params.items():
+        if path.startswith("blocks/") and path.endswith("/kernel"):
+            assert new.base[path].dtype.itemsize == 1
+            error = np.abs(sharding.to_host(restored[path]) - sharding.to_host(value))
+            largest = np.abs(sharding.to_host(value)).max(axis=1, keepdims=True)  # of an output, over its inputs
+            assert 0 < (error / largest).max() < (0.5 / 127 + 1e-6 if how == "int8" else 0.16), path
+        else:
+            np.testing.assert_array_equal(sharding.to_host(restored[path]), sharding.to_host(value))
+
+
+def test_sft_goes_on_from_an_adapter_and_score_opens_one(mesh, directory, tmp_path):
+    folder, _ = directory
+    config = small("lora", path=str(folder))
+    config.model.lora.update({"rank": 3, "alpha": 12.0, "targets": "attention/(query|value)", "rslora": True})
+    made = policy.create(config, tmp_path / "sft", mesh, [])
+    adapter = {path: x + 0.01 for path, x in made.trainable.items()}
+    peft.write(tmp_path / "peft", made.lm.config, made.lm.lora, adapter, base=str(folder))
+    again = policy.create(small("lora", path=str(folder), adapter=str(tmp_path / "peft")), tmp_path / "2", mesh, [])
+    assert again.lm.lora.scale == made.lm.lora.scale == 12 / 3**0.5
+    assert_same(again.trainable, adapter)
+    opened = policy.open_model(small(), tmp_path / "peft", mesh)  # the adapter names its base
+    assert_same(opened.params, again.params)
+
+
+def test_a_new_model_of_a_named_architecture(mesh, tmp_path):
+    architecture = {"model_type": "gemma2", "vocab_size": 320, "hidden_size": 16, "num_hidden_layers": 3}
+    architecture |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 24}
+    (tmp_path / "shape.json").write_text(json.dumps(architecture))
+    config = small(architecture=str(tmp_path / "shape.json"))
+    new = policy.create(config, tmp_path / "sft", mesh, TITLES)
+    assert new.lm.config.family == "gemma2" and new.lm.config.sliding == (True, False, True)
+    checkpoint.save_params(tmp_path / "sft" / "model", new.trainable)
+    assert policy.load(config, tmp_path / "sft", mesh).lm == new.lm
+    with pytest.raises(UserError, match=r"model\.vocabulary=600: .*shape\.json has 320 tokens"):
+        policy.create(small(architecture=config.model.architecture, vocabulary=600), tmp_path / "3", mesh, MANY_TITLES)

@@ -27,15 +27,20 @@ def mesh_of(*sizes):
     return jax.sharding.Mesh(devices, sharding.AXES)
 
 
-def shapes_of(adapter, tied):
-    config = dataclasses.replace(tiny.DECODER, tie_embeddings=tied)
-    return jax.eval_shape(LanguageModel(config, adapter).init, jax.random.key(0))
+ALL = ("attention/query", "attention/key", "attention/value", "attention/output", "mlp/gate", "mlp/up", "mlp/down")
+
+
+def shapes_of(adapter, tied, quantized="none"):
+    config = dataclasses.replace(tiny.DECODER, tie_embeddings=tied, biases=ALL, query_key_norm=True, post_norms=True)
+    return jax.eval_shape(LanguageModel(config, adapter, quantize=quantized).init, jax.random.key(0))
 
 
 @pytest.mark.parametrize("adapter", [None, LORA])
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_parameter_matches_exactly_one_rule(adapter, tied):
-    shapes = shapes_of(adapter, tied)
+@pytest.mark.parametrize("quantized", ["none", "int8", "nf4"])
+def test_every_parameter_matches_exactly_one_rule(adapter, tied, quantized):
+    shapes = shapes_of(adapter, tied, quantized)
+    assert any(path.endswith("/kernel_scale") for path in shapes) == (quantized != "none")
     assert ("head/kernel" in shapes) != tied and any(map(lora.is_adapter, shapes)) == bool(adapter)
     for path, value in shapes.items():
         specs = [spec for pattern, spec in sharding.RULES if re.fullmatch(pattern, path)]
@@ -51,7 +56,7 @@ def test_every_rule_is_used_and_every_matrix_is_split():
         assert found.is_fully_replicated == ("norm" in path), path
 
 
-@pytest.mark.parametrize("path", ["blocks/attention/query/bias", "head", "embedding/kernel", "blocks/moe/gate/kernel"])
+@pytest.mark.parametrize("path", ["blocks/attention/gain", "head", "embedding/kernel", "blocks/moe/router/kernel"])
 def test_an_unknown_parameter_is_an_error(path):
     with pytest.raises(ValueError, match=path):
         sharding.parameter_sharding(mesh_of(1, 1, 1), path, (2, 4, 4))
@@ -69,14 +74,20 @@ def test_dimensions_that_do_not_divide_stay_whole():
     [((1, -1, 1), (1, 8, 1)), ((2, -1, 2), (2, 2, 2)), ((-1, 1, 2), (4, 1, 2)), ((1, 4, 2), (1, 4, 2))],
 )
 def test_make_mesh(sizes, expected):
-    mesh = sharding.make_mesh(ConfigDict(dict(zip(sharding.AXES, sizes))))
+    mesh = sharding.make_mesh(ConfigDict(dict(zip(sharding.AXES, sizes), devices=0)))
     assert tuple(mesh.shape.values()) == expected and mesh.axis_names == sharding.AXES
 
 
 @pytest.mark.parametrize("sizes", [(1, 4, 1), (3, -1, 1), (-1, -1, 1), (0, -1, 1), (16, -1, 1), (-2, 8, 1)])
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
     with pytest.raises(UserError, match="mesh"):
-        sharding.make_mesh(ConfigDict(dict(zip(sharding.AXES, sizes))))
+        sharding.make_mesh(ConfigDict(dict(zip(sharding.AXES, sizes), devices=0)))
+
+
+def test_missing_devices_are_noticed():
+    assert sharding.make_mesh(ConfigDict(dict(replica=1, fsdp=-1, tensor=1, devices=8))).size == 8
+    with pytest.raises(UserError, match=r"mesh\.devices=16, but there are 8"):
+        sharding.make_mesh(ConfigDict(dict(replica=1, fsdp=-1, tensor=1, devices=16)))
 
 
 def test_batch_sizes_are_checked():

@@ -23,7 +23,7 @@ class Bag:
     def init(self, key):
         return {"embedding": jax.random.normal(key, (V, 16))}
 
-    def states(self, params, prompt_BxP, prompt_mask_BxP, response_BxRxT):
+    def states(self, params, prompt_BxP, prompt_mask_BxP, response_BxRxT, drop_B=None):
         prompt_BxPxD = jnp.where(prompt_mask_BxP[..., None], params["embedding"][prompt_BxP], 0.0)
         mean_BxD = prompt_BxPxD.sum(axis=1) / prompt_mask_BxP.sum(axis=1, keepdims=True)
         earlier_BxRxSxD = jnp.cumsum(params["embedding"][response_BxRxT[:, :, :-1]], axis=2)
