@@ -32,8 +32,8 @@ def get_config(arg: str = "") -> ConfigDict:
     words = set(filter(None, arg.split(",")))
     if pretrained := "stories260k" in words:
         c.oracle.length = "4 epochs"
-        c.sft.batch_size, c.sft.length, c.sft.learning_rate = 16, "600 steps", 3e-3
-        c.pairs.max_rows = 2000
+        c.sft.batch_size, c.sft.length, c.sft.learning_rate = 16, "400 steps", 3e-3
+        c.pairs.max_rows = 1000
         c.align.batch_size, c.align.learning_rate = 16, 3e-4
     c = config.variant(c, ",".join(words - {"stories260k"}))
     if pretrained:  # 512 tokens and positions: names take many

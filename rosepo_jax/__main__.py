@@ -88,7 +88,8 @@ def _dispatch(verb: str, words: Sequence[str]) -> int:
     if command is not None:
         command.add_arguments(parser)
     args = parser.parse_args(words)
-    config = None if verb == "doctor" else resolve(verb, args, overrides)
+    blind = verb == "doctor" and not (args.config or args.workdir or overrides)
+    config = None if blind else resolve(verb, args, overrides)
     keep_freed_memory()
     if command is not None:
         return command.main(config, args) or 0

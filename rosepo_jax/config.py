@@ -169,7 +169,7 @@ def variant(c: ConfigDict, arg: str) -> ConfigDict:
 HARDWARE = {
     "h100-1": ("h100", 1, 16, 4),
     "h100-8": ("h100", 8, 8, 4),
-    "h200-1": ("h200", 1, 32, 8),
+    "h200-1": ("h200", 1, 16, 8),
     "h200-8": ("h200", 8, 16, 8),
     "v5e-16": ("v5e", 16, 2, 1),
     "v5p-64": ("v5p", 32, 4, 4),  # the name of the slice counts two cores a chip

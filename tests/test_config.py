@@ -251,7 +251,7 @@ class Reads:
                 self.read |= {key for key in self.keys if key.rpartition(".")[0] == section}
 
 
-LORA = ("rank", "alpha", "targets")
+LORA = ("rank", "alpha", "targets", "dropout", "rslora")
 
 
 def unread(sources, flat):
@@ -267,7 +267,7 @@ def test_every_key_is_read():
 
 
 def test_a_key_that_nobody_reads_is_found():
-    extra = {"align.tau_schedule": 1, "model.lora.dropout": 0.0, "sft.aggregator": "lse", "extra": 0}
+    extra = {"align.tau_schedule": 1, "model.lora.bias": 0.0, "sft.aggregator": "lse", "extra": 0}
     assert set(extra) <= set(unread(package_sources(), FLAT | extra))
 
 

@@ -299,15 +299,3 @@ def _rope(path: pathlib.Path, raw: Mapping, given: Mapping):
         return theta, None, local_theta
     numbers = {key: _number(path, scaling, key, int if key.startswith("original") else float) for key in _ROPE[kind]}
     return theta, tuple(sorted({"rope_type": kind, **numbers}.items())), local_theta
-
-
-def architecture(name: str) -> DecoderConfig:
-    """The decoder of a published model: `name` is a file of models/architectures, or the path of a config.json."""
-    shipped = pathlib.Path(__file__).parent / "architectures"
-    path = shipped / f"{name}.json"
-    if not path.is_file():
-        path = pathlib.Path(name)
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in shipped.glob("*.json")))
-        raise UserError(f"model.architecture={name!r}: give the path of a config.json, or one of {known}")
-    return read_config(path)

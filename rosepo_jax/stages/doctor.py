@@ -1,14 +1,22 @@
 """What is installed, which devices are seen, what is missing and how to get it. Imports nothing heavy at its top."""
 
 import argparse
+import dataclasses
 import importlib.metadata
 import os
 import pathlib
 import platform
 import shutil
 import sys
+from typing import TYPE_CHECKING
 
 import rosepo_jax
+from rosepo_jax.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+    from rosepo_jax.models.decoder import LanguageModel
 
 GIB = 2**30
 OPTIONAL = {"torch": "parity", "trl": "parity", "peft": "parity", "pytest": "dev"}
@@ -16,10 +24,13 @@ INSTALL = "pip install -r requirements.txt"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Prints versions and devices; exit status 2 when something that is needed is missing."
+    parser.description = (
+        "Prints versions and devices and, with --config or --workdir, the memory that training needs on each device. "
+        "Exit status 2 when something that is needed is missing, or the memory does not suffice."
+    )
 
 
-def main(_config: object, _args: argparse.Namespace) -> int:
+def main(config: "ConfigDict | None", _args: argparse.Namespace) -> int:
     print(f"rosepo_jax {rosepo_jax.__version__}, Python {platform.python_version()}, {platform.platform()}")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     disk = shutil.disk_usage(".").free / GIB
@@ -39,6 +50,8 @@ def main(_config: object, _args: argparse.Namespace) -> int:
         problems.append(reason)
     else:
         problems += _devices()
+    if config is not None and not problems:
+        problems += _memory(config)
     for problem in problems:
         print(f"problem: {problem}", file=sys.stderr)
     print("doctor: all is well" if not problems else f"doctor: {len(problems)} to mend")
@@ -111,3 +124,83 @@ def _devices() -> list[str]:
     if jax.default_backend() == "cpu" and any(pathlib.Path("/dev").glob("accel[0-9]*")):
         return ["a TPU is here but jax uses the CPU: pip install 'rosepo-jax[tpu]'"]
     return []
+
+
+_ROWS = {
+    "frozen parameters": "base",
+    "trained parameters": "trainable",
+    "copies of these": "copies",
+    "optimizer": "optimizer",
+    "gradients": "gradients",
+    "kept activations": "kept",
+    "a block, or logits": "transient",
+    "or: validation": "scoring",
+    "total": "total",
+}
+
+
+def _memory(config: "ConfigDict") -> list[str]:
+    """Prints what the stages that train need on one device; returns what does not fit."""
+    import jax
+
+    from rosepo_jax.training import memory
+
+    mesh = memory.mesh_of(config.mesh, config.mesh.devices or jax.device_count())
+    lm = _model(config)
+    plain = dataclasses.replace(lm, quantize="none")  # which packs several parameters into an element
+    frozen, trained = (sum(x.size for x in part.values()) for part in memory.parameters(plain))
+    found = memory.stages(config, lm, mesh)
+    name, limit = _limit(config.mesh.hardware, mesh.size)
+    print(
+        f"memory of one of {mesh.size} devices ({' x '.join(f'{size} {axis}' for axis, size in mesh.shape.items())}), "
+        f"GiB, an estimate: {lm.config.family}, {frozen:,} parameters frozen, {trained:,} trained"
+    )
+    print(f"  {'':<22}" + "".join(f"{stage:>10}" for stage in found))
+    for title, field in _ROWS.items():
+        print(f"  {title:<22}" + "".join(f"{getattr(needed, field) / GIB:>10.2f}" for needed in found.values()))
+    usable = memory.USABLE * limit
+    over = {stage: needed.total - usable for stage, needed in found.items() if needed.total > usable}
+    print(f"  {name}: {limit / GIB:.1f} GiB, {usable / GIB:.1f} to count on: {'does not fit' if over else 'fits'}")
+    if not over and config.mesh.hardware in memory.GPUS:
+        print("  (JAX takes 75 % of a GPU unless told otherwise: export XLA_PYTHON_CLIENT_MEM_FRACTION=0.95)")
+    return [
+        f"{stage} lacks {lack / GIB:.1f} GiB on each device: more devices, more micro-batches ({stage}.accumulate), "
+        "evaluate.batch_size, model.tuning=lora or model.quantize"
+        for stage, lack in over.items()
+    ]
+
+
+def _limit(hardware: str, devices: int) -> tuple[str, float]:
+    """(name, bytes) of a device's memory; emulated devices share that of the host."""
+    import jax
+
+    from rosepo_jax.training import memory
+
+    if hardware:
+        if hardware not in memory.HARDWARE:
+            raise UserError(f"mesh.hardware={hardware!r}: unknown{nearest(hardware, memory.HARDWARE)}")
+        return hardware, memory.HARDWARE[hardware]
+    here = jax.devices()[0]
+    limit = (here.memory_stats() or {}).get("bytes_limit")
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return here.device_kind, limit or host / devices
+
+
+def _model(config: "ConfigDict") -> "LanguageModel":
+    """The model that SFT will start from: as its folder says, else as model.architecture says, else the preset."""
+    from rosepo_jax.models import families
+    from rosepo_jax.models.decoder import LanguageModel
+    from rosepo_jax.training import policy
+
+    m = config.model
+    folder = pathlib.Path(m.path or "-")
+    if (folder / "config.json").is_file():
+        architecture = families.read_config(folder / "config.json")
+    elif m.path and not m.architecture:
+        raise UserError(
+            f"model.path={m.path!r} is not here; model.architecture says what it is: a name or a config.json"
+        )
+    else:
+        architecture = policy.new_architecture(m, -(-m.vocabulary // 64) * 64)
+    lora = policy._adapter(m, architecture)
+    return LanguageModel(architecture, lora, m.dtype, m.param_dtype, m.remat, m.quantize if lora else "none")

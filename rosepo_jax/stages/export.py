@@ -121,7 +121,9 @@ def _results(workdir: pathlib.Path, checkpoint: str, identity: str) -> list[str]
         if model in protocol["models"]:
             lines += [f"Protocol `{name}`, {protocol['n']} rows, hash {protocol['hash']}:", ""]
             lines += ["| metric | value | 95 % interval | n |", "|---|---|---|---|"]
-            lines += [_row(metric, cell) for metric, cell in protocol["models"][model].items()] + [""]
+            lines += [_row(metric, cell) for metric, cell in protocol["models"][model].items() if _is_number(cell)] + [
+                ""
+            ]
     for c in results.get("comparisons", []):
         if model in (c["a"], c["b"]):
             lines.append(
@@ -134,6 +136,12 @@ def _results(workdir: pathlib.Path, checkpoint: str, identity: str) -> list[str]
 def _row(metric: str, cell: Any) -> str:
     cell = cell if isinstance(cell, Mapping) else {"value": cell}
     return f"| {metric} | {_number(cell['value'])} | {_interval(cell)} | {cell.get('n', '')} |"
+
+
+def _is_number(cell: Any) -> bool:
+    """Whether a cell fits into a row of the card: curves and tables by group stand in the report."""
+    value = cell["value"] if isinstance(cell, Mapping) and "value" in cell else cell
+    return value is None or isinstance(value, int | float)
 
 
 def _interval(cell: Mapping[str, Any]) -> str:

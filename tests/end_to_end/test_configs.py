@@ -7,16 +7,23 @@ import sys
 
 import pytest
 
+from rosepo_jax import config as defaults
 from rosepo_jax import configuration
+from rosepo_jax.data.prompts import Template
 from rosepo_jax.errors import UserError
+from rosepo_jax.models import families
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
-LOGS = {  # config -> folder, (users, test rows) that the published description of the log gives
-    "movietweetings": ("movietweetings-100k", 2290, 48),
-    "movielens_small": ("ml-latest-small", None, 48),
-    "lastfm": ("llara-lastfm", 1220, 48),
+LOGS = {  # config -> folder, users and train rows (None: not checked) that the description of the log gives
+    "movietweetings": ("movietweetings-100k", 2290, None),
+    "movielens_small": ("ml-latest-small", None, None),
+    "lastfm": ("llara-lastfm", 1220, 47_872),
+    "llama3_8b": ("llara-movielens", 943, 66_127),
+    "mistral_7b": ("llara-steam", 3388, 1000),  # a sample of the train rows
+    "qwen3_4b": ("patchrec-goodreads", 2090, 149_773),
 }
+PUBLISHED = ("gemma3_4b", "llama3_1b", "llama3_8b", "mistral_7b", "qwen3_4b")
 
 
 def spec(name, argument=""):
@@ -63,12 +70,13 @@ def rosepo(verb, name, folder, workdir):
 @pytest.mark.real_data
 @pytest.mark.parametrize("name", LOGS)
 def test_prepare_reads_the_real_log(real_data, tmp_path, name):
-    folder, users, test_rows = LOGS[name]
+    folder, users, train_rows = LOGS[name]
     rosepo("prepare", name, real_data / folder, tmp_path / "run")
     statistics = json.loads((tmp_path / "run" / "prepare" / "statistics.json").read_text("utf-8"))
     assert users is None or statistics["users"] == users
-    assert statistics["rows"]["test"] == test_rows
-    assert statistics["rows"]["train"] > 10_000
+    rows = statistics["rows"]
+    assert rows["test"] == 48
+    assert rows["train"] > 10_000 if train_rows is None else rows["train"] + rows["held_out"] == train_rows
     assert not statistics["candidate_leak"]["flagged"]
 
 
@@ -82,4 +90,48 @@ def test_a_whole_run_on_a_real_log(real_data, tmp_path):
 
 
 def test_every_config_with_a_log_is_run_here():
-    assert set(CONFIGS) == {"demo", *LOGS}
+    assert set(CONFIGS) == {"demo", *LOGS, *PUBLISHED}
+
+
+# ---- Published models: what the words of their arguments make --------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_on_any_hardware_is_the_same_experiment(name):
+    whole = configuration.load(spec(name))
+    assert families.architecture(whole.model.architecture).width > 1000 and "/" in whole.model.path
+    assert whole.model.tuning == "lora" and (whole.mesh.hardware, whole.mesh.devices) == ("h100", 1)
+    for hardware, (device, devices, *_) in defaults.HARDWARE.items():
+        for tuning in ("", ",full"):
+            c = configuration.load(spec(name, hardware + tuning))
+            assert (c.mesh.hardware, c.mesh.devices) == (device, devices)
+            for section in (c.sft, c.align):
+                assert section.batch_size % (devices * section.accumulate) == 0
+            assert c.evaluate.batch_size % devices == c.pairs.batch_size % devices == 0
+            alike = configuration.load(spec(name, tuning.lstrip(",")))
+            for key in ("mesh", "evaluate", "pairs"):
+                c[key] = alike[key]
+            c.sft.accumulate, c.align.accumulate = alike.sft.accumulate, alike.align.accumulate
+            assert c == alike
+
+
+@pytest.mark.parametrize("rows", defaults.PUBLISHED)
+def test_the_rows_of_a_published_model_can_be_chosen(rows):
+    c, other = (configuration.load(spec("llama3_1b", words)) for words in (f"{rows},full", f"full,{rows}"))
+    assert c == other and c.model.tuning == "full" and c.model.param_dtype == "float32"
+    assert rows in c.data.path and Template.load(c.data.template).slots >= {"history"}
+    assert not configuration.load(spec("llama3_1b", "full")).data.path.endswith("steam")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_small_run_needs_no_published_weights_and_no_special_hardware(name):
+    c = configuration.load(spec(name, "smoke,full,v5p-64,steam"))
+    assert (c.model.path, c.model.architecture, c.model.chat_template) == ("", "", False)
+    assert c.mesh == defaults.default().mesh and c.sft.accumulate == c.align.accumulate == 1
+    assert c.model.tuning == "full" and c.data.path.endswith("steam")
+
+
+@pytest.mark.parametrize("words", ["h100-1,h200-1", "steam,movielens", "full,h100", "h100-1:full"])
+def test_words_that_mean_nothing_are_refused(words):
+    with pytest.raises(UserError, match=r"h100-8 \| .*movielens \| steam"):
+        configuration.load(spec("qwen3_4b", words))

@@ -49,6 +49,9 @@ def make_model(folder, config, **keys):
     return policy.load(config, folder, made.mesh)
 
 
+GROUPS = {"HR@1 by decile": {"value": [0.5, 0.25], "n": [4, 4]}, "calibration": {"bins": [1, 2]}, "curve": [0.1, 0.2]}
+
+
 def evaluated(workdir, align="id-align"):
     cell = {"value": 0.41234567, "ci95": [0.39, 0.43], "hits": 939, "n": 2290}
     files.write_json(workdir / "evaluate" / runtime.MANIFEST, {"inputs": {"align": align, "sft": "id-sft"}})
@@ -56,7 +59,7 @@ def evaluated(workdir, align="id-align"):
         "protocol": "candidates", "metric": "HR@1", "a": "aligned", "b": "sft", "difference": 0.031,
         "ci95": [0.012, 0.05], "p": 0.002, "test": "paired permutation", "p_holm": 0.004,
     }  # fmt: skip
-    models = {"sft": {"HR@1": cell | {"value": 0.77}}, "aligned": {"HR@1": cell, "ARP": {"value": None}}}
+    models = {"sft": {"HR@1": cell | {"value": 0.77}}, "aligned": {"HR@1": cell, "ARP": {"value": None}} | GROUPS}
     protocols = {"candidates": {"hash": "hash-of-lists", "n": 2290, "models": models}}
     files.write_json(workdir / "evaluate" / "results.json", {"protocols": protocols, "comparisons": [comparison]})
 
@@ -91,6 +94,7 @@ def test_writes_a_directory_with_a_card(workdir, config, tmp_path, capsys):
         '"beta": 0.1',
     ):
         assert text in card, text
+    assert not any(name in card for name in GROUPS)  # no row of a table
     assert "/elsewhere" not in card and '"path": "logs"' in card
     assert "0.77" not in card
     settings = json.loads(card.split("```json\n")[1].split("```")[0])

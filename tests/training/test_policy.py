@@ -15,7 +15,7 @@ from rosepo_jax.preference.logprobs import response_logps
 from rosepo_jax.training import checkpoint, policy, sharding
 
 TITLES = ["Blue Harbour", "Blue Harbour 2", "The Long Night", "Nights of Rain"] * 5
-MANY_TITLES = [f"{a} {b} {c}" for a in "north south east west".split() for b in "sea land".split() for c in range(40)]
+MANY_TITLES = [f"{a} {b} {c}" for a in ["north", "south", "east", "west"] for b in ["sea", "land"] for c in range(40)]
 
 
 def small(tuning="full", **keys):

@@ -1,0 +1,1 @@
+"""Comparisons with torch, transformers and TRL. They need the extra `parity`; see `conftest.py`."""
