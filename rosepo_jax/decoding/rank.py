@@ -126,6 +126,7 @@ def title_embeddings(policy: Policy, titles: TitleTable, batch_size: int = 256) 
     ids = [[*policy.encoder.before, *title[:-1]] for title in titles.ids]
     tokens, mask = pad(ids, max(map(len, ids)), policy.encoder.pad)
     vectors = np.zeros((len(ids), policy.lm.config.width), np.float32)
+    batch_size = -(-batch_size // policy.mesh.size) * policy.mesh.size  # every device gets as many rows
     for block, real in batches.blocks(len(ids), batch_size):
         vectors[block[real]] = sharding.to_host(_states(policy.lm, policy.params, tokens[block], mask[block]))[real]
     vectors -= vectors.mean(axis=0, keepdims=True)

@@ -285,6 +285,7 @@ class LanguageModel:
     param_dtype: str = "float32"
     remat: str = "none"
     quantize: str = "none"
+    rows: jax.sharding.NamedSharding | None = None  # how the rows of a batch are split over devices
 
     @functools.cached_property
     def _graph(self):
@@ -301,6 +302,15 @@ class LanguageModel:
         """New parameters: normal with standard deviation 1/sqrt(fan in), adapters at zero effect."""
         state = nnx.state(self._build(key))
         return {"/".join(map(str, path)): value[...] for path, value in nnx.to_flat_state(state)}
+
+    def _embed(self, module: Decoder, tokens_BxS: jax.Array) -> jax.Array:
+        """Embeddings whose rows stay on their devices.
+
+        Embeddings are split over the width too. Without the constraint XLA keeps that split for the activations and the
+        whole batch on every device: per layer an all-reduce of activations, twice the temporary memory.
+        """
+        x_BxSxD = module.embed(tokens_BxS, self.dtype)
+        return x_BxSxD if self.rows is None else jax.lax.with_sharding_constraint(x_BxSxD, self.rows)
 
     def hidden(self, params: Params, prompt_BxP, prompt_mask_BxP, response_BxRxT) -> jax.Array:
         """Normed hidden states [B, R, T, D] that predict each response token."""
@@ -338,7 +348,7 @@ class LanguageModel:
             )
             return jnp.concatenate([prompt, response.reshape(B, R * S, *query.shape[2:])], axis=1), None
 
-        x, _ = module.layers(module.embed(tokens, self.dtype), position, attend, remat=self.remat, drop_B=drop_B)
+        x, _ = module.layers(self._embed(module, tokens), position, attend, remat=self.remat, drop_B=drop_B)
         last_BxD = jnp.take_along_axis(x[:, :P], (length_B - 1)[:, None, None], axis=1)[:, 0]
         return module.norm(last_BxD), module.norm(x[:, P:].reshape(B, R, S, x.shape[-1]))
 
@@ -355,7 +365,7 @@ class LanguageModel:
             return attention.causal(query, key, value, **self.config.scores, window=window), (key, value)
 
         position_BxP = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
-        x, keys_values = module.layers(module.embed(prompt_BxP, self.dtype), position_BxP, attend)
+        x, keys_values = module.layers(self._embed(module, prompt_BxP), position_BxP, attend)
         last = jnp.take_along_axis(x, (prompt_mask_BxP.sum(axis=1) - 1)[:, None, None], axis=1)[:, 0]
         return module.logits(module.norm(last)), (keys_values, prompt_mask_BxP)
 
@@ -382,7 +392,7 @@ class LanguageModel:
             )  # fmt: skip
             return mixed[:, :, 0], (own_key, own_value)
 
-        x = module.embed(token_BxW, self.dtype)
+        x = self._embed(module, token_BxW)
         x, suffix_cache = module.layers(x, position, attend, (keys_values, suffix_cache))
         return module.logits(module.norm(x)), suffix_cache
 
@@ -395,6 +405,6 @@ class LanguageModel:
             return attention.causal(query, key, value, **self.config.scores, window=window), None
 
         position_BxP = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
-        x, _ = module.layers(module.embed(tokens_BxP, self.dtype), position_BxP, attend)
+        x, _ = module.layers(self._embed(module, tokens_BxP), position_BxP, attend)
         x = jnp.where(mask_BxP[..., None], module.norm(x).astype(jnp.float32), 0.0)
         return x.sum(axis=1) / mask_BxP.sum(axis=1, keepdims=True)

@@ -129,7 +129,7 @@ def _devices() -> list[str]:
 _ROWS = {
     "frozen parameters": "base",
     "trained parameters": "trainable",
-    "copies of these": "copies",
+    "reference": "reference",
     "optimizer": "optimizer",
     "gradients": "gradients",
     "kept activations": "kept",
@@ -143,9 +143,9 @@ def _memory(config: "ConfigDict") -> list[str]:
     """Prints what the stages that train need on one device; returns what does not fit."""
     import jax
 
-    from rosepo_jax.training import memory
+    from rosepo_jax.training import memory, sharding
 
-    mesh = memory.mesh_of(config.mesh, config.mesh.devices or jax.device_count())
+    mesh = sharding.planned_mesh(config.mesh, config.mesh.devices or jax.device_count())
     lm = _model(config)
     plain = dataclasses.replace(lm, quantize="none")  # which packs several parameters into an element
     frozen, trained = (sum(x.size for x in part.values()) for part in memory.parameters(plain))
@@ -202,5 +202,5 @@ def _model(config: "ConfigDict") -> "LanguageModel":
         )
     else:
         architecture = policy.new_architecture(m, -(-m.vocabulary // 64) * 64)
-    lora = policy._adapter(m, architecture)
+    lora = policy.new_adapter(m, architecture)
     return LanguageModel(architecture, lora, m.dtype, m.param_dtype, m.remat, m.quantize if lora else "none")

@@ -103,7 +103,7 @@ def train_more(config, model: policy.Policy, catalogue: Catalogue, data: dict, i
         out=out,
         mesh=model.mesh,
         task=sft.task(model.lm, seeds.key(config.seed, "sft_more", "dropout")),
-        trainable=model.trainable,
+        trainable=sharding.place(model.mesh, model.trainable),  # SFT's own are still to be evaluated
         frozen=model.base,
         rows=len(rows),
         stream=functools.partial(

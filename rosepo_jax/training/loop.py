@@ -37,6 +37,8 @@ def train(
 ) -> dict[str, float]:
     """Trains `trainable` for `settings.length` updates and leaves the best or the last parameters in `out`/model.
 
+    `trainable` is used up: its buffers become the training state.
+
     `stream(start=, stop=)` yields this host's batches; `validate` gives metrics with "HR@1", the figure that chooses;
     `first` sees the metrics of the very first update. Resumes from `out`/checkpoints. Returns their validation.
     """
@@ -53,7 +55,7 @@ def train(
     transformation, schedule = optimizer.make(settings, name, total, rows)
     initialise = functools.partial(init_state, transformation=transformation)
     layout = state_sharding(mesh, jax.eval_shape(initialise, trainable))
-    state = jax.jit(initialise, out_shardings=layout)(trainable)
+    state = jax.jit(initialise, out_shardings=layout, donate_argnums=0)(dict(trainable))
 
     # ---- Restore ---------------------------------------------------------------------------------------------------
     checkpoints = checkpoint.Checkpoints(out / "checkpoints", config.checkpoint.keep)

@@ -21,14 +21,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from rosepo_jax.errors import UserError
 from rosepo_jax.models import lora
 from rosepo_jax.models.decoder import LanguageModel
 from rosepo_jax.training import loop, optimizer, sharding
@@ -52,7 +51,7 @@ class Memory:
 
     base: int  # parameters that are never trained
     trainable: int
-    copies: int  # of the trainable parameters: those that training started from, the frozen reference
+    reference: int  # a frozen copy of the trainable parameters, in alignment
     optimizer: int
     gradients: int
     kept: int
@@ -61,7 +60,7 @@ class Memory:
 
     @property
     def state(self) -> int:
-        return self.base + self.trainable + self.copies + self.optimizer
+        return self.base + self.trainable + self.reference + self.optimizer
 
     @property
     def total(self) -> int:
@@ -81,17 +80,24 @@ def stages(config: ConfigDict, lm: LanguageModel, mesh: Mesh) -> dict[str, Memor
     """The stages that train, at the longest prompts and titles that the config allows."""
     reference = config.align.reference == "in_step"
     return {
-        "sft": stage(config, "sft", config.sft, lm, mesh, responses=1, copies=1),
+        "sft": stage(config, "sft", config.sft, lm, mesh, responses=1, reference=False),
         "align": stage(
-            config, "align", config.align, lm, mesh, responses=1 + config.pairs.negatives, copies=1 + reference
+            config, "align", config.align, lm, mesh, responses=1 + config.pairs.negatives, reference=reference
         ),
     }
 
 
 def stage(
-    config: ConfigDict, name: str, settings: ConfigDict, lm: LanguageModel, mesh: Mesh, *, responses: int, copies: int
+    config: ConfigDict,
+    name: str,
+    settings: ConfigDict,
+    lm: LanguageModel,
+    mesh: Mesh,
+    *,
+    responses: int,
+    reference: bool,
 ) -> Memory:
-    """One stage that trains by `settings` on prompts with `responses` responses and holds `copies` (see Memory).
+    """One stage that trains by `settings` on prompts with `responses` responses and holds a frozen `reference` or not.
 
     Errors: UserError when the devices do not divide a batch.
     """
@@ -117,26 +123,13 @@ def stage(
     return Memory(
         base=on_device(mesh, base),
         trainable=learned,
-        copies=copies * learned,
+        reference=reference * learned,
         optimizer=_optimizer(mesh, name, settings, trainable),
         gradients=learned * min(settings.accumulate, 2),
         kept=_kept(part, step),
         transient=max(_kept(block, step) + gathered, a_logit * _logits(part, step) + whole + whole_gradient),
         scoring=max(_kept(block, score), 4 * _logits(part, score) + whole) + gathered,
     )
-
-
-def mesh_of(config: ConfigDict, devices: int) -> Mesh:
-    """The mesh of `config` on `devices` devices that need not be here: it has sizes and no devices.
-
-    Errors: UserError when the sizes do not multiply to `devices`.
-    """
-    sizes = [config.replica, config.fsdp, config.tensor]
-    known = math.prod(size for size in sizes if size != -1)
-    sizes = [devices // max(known, 1) if size == -1 else size for size in sizes]
-    if math.prod(sizes) != devices:
-        raise UserError(f"mesh: replica x fsdp x tensor = {' x '.join(map(str, sizes))} is not {devices} devices")
-    return cast(Mesh, AbstractMesh(tuple(sizes), sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes)))
 
 
 def parameters(lm: LanguageModel) -> tuple[Shapes, Shapes]:

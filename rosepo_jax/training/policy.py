@@ -61,7 +61,7 @@ def create(config: ConfigDict, out: pathlib.Path, mesh: Mesh, tokenizer_texts: I
         architecture = new_architecture(m, vocabulary)
         if architecture.vocabulary < vocabulary:
             raise UserError(f"model.vocabulary={m.vocabulary}: {m.architecture} has {architecture.vocabulary} tokens")
-    lora = _adapter(m, architecture)
+    lora = new_adapter(m, architecture)
     if m.quantize not in quantize.FORMATS:
         raise UserError(f"model.quantize={m.quantize!r}: choose one of {', '.join(quantize.FORMATS)}")
     if m.quantize != "none" and lora is None:
@@ -129,7 +129,7 @@ def hand_on(source: pathlib.Path, out: pathlib.Path) -> None:
     files.write_bytes(out / "model.json", (source / "model.json").read_bytes())
 
 
-def _adapter(m: ConfigDict, architecture: DecoderConfig) -> LoRAConfig | None:
+def new_adapter(m: ConfigDict, architecture: DecoderConfig) -> LoRAConfig | None:
     """What is trained on top of a frozen base; None for full tuning."""
     if m.tuning not in ("full", "lora"):
         raise UserError(f"model.tuning={m.tuning!r}: choose full or lora")
@@ -162,7 +162,8 @@ def _assemble(
     """Every parameter from where it comes: `trained`, the PEFT directory `adapter`, the base's files, or a new draw."""
     m = config.model
     lora = LoRAConfig(**described["lora"]) if described["lora"] else None
-    lm = LanguageModel(DecoderConfig(**described["decoder"]), lora, m.dtype, m.param_dtype, m.remat, m.quantize)
+    rows = sharding.batch_sharding(mesh)
+    lm = LanguageModel(DecoderConfig(**described["decoder"]), lora, m.dtype, m.param_dtype, m.remat, m.quantize, rows)
     base = described["base"]
     key = jax.random.key(seeds.key(base.get("seed", config.seed), "init") >> 33)
     shapes = jax.eval_shape(lm.init, key)

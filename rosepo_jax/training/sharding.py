@@ -6,11 +6,11 @@ Mesh axes: `replica` copies everything, `fsdp` splits batches and parameters, `t
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from rosepo_jax.errors import UserError
@@ -35,12 +35,21 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 
 def make_mesh(config: ConfigDict) -> Mesh:
     """The device mesh of `config` (replica, fsdp, tensor); one of them may be -1: all devices that are left."""
-    sizes = [config.replica, config.fsdp, config.tensor]
     devices = jax.device_count()
     if config.devices not in (0, devices):
         raise UserError(
             f"mesh.devices={config.devices}, but there are {devices} devices: some hosts or chips are missing"
         )
+    return jax.make_mesh(_sizes(config, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def planned_mesh(config: ConfigDict, devices: int) -> Mesh:
+    """The mesh of `config` on `devices` devices that need not be here: it has sizes and no devices."""
+    return cast(Mesh, AbstractMesh(_sizes(config, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES)))
+
+
+def _sizes(config: ConfigDict, devices: int) -> tuple[int, ...]:
+    sizes = [config.replica, config.fsdp, config.tensor]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f"mesh: sizes {sizes} must be positive, and at most one -1")
     known = math.prod(size for size in sizes if size != -1)
@@ -50,7 +59,7 @@ def make_mesh(config: ConfigDict) -> Mesh:
         raise UserError(
             f"mesh: replica x fsdp x tensor = {' x '.join(map(str, sizes))}, but there are {devices} devices"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return tuple(sizes)
 
 
 def parameter_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:

@@ -14,7 +14,7 @@ from rosepo_jax import configuration
 from rosepo_jax.errors import UserError
 from rosepo_jax.models import families
 from rosepo_jax.stages import doctor
-from rosepo_jax.training import memory
+from rosepo_jax.training import memory, sharding
 
 CONFIGS = pathlib.Path(rosepo_jax.__file__).parent.parent / "configs"
 
@@ -86,7 +86,7 @@ def test_a_run_that_fits(capsys):
     base, adapters = 8_030_261_248 * 2 / 2**30, 41_943_040 * 4 / 2**30
     assert rows["frozen parameters"] == pytest.approx((base, base), abs=0.006)
     assert rows["trained parameters"] == pytest.approx((adapters, adapters), abs=0.006)
-    assert rows["copies of these"] == pytest.approx((adapters, 2 * adapters), abs=0.006)
+    assert rows["reference"] == pytest.approx((0, adapters), abs=0.006)
     assert rows["optimizer"] == pytest.approx((2 * adapters, 2 * adapters), abs=0.006)
     assert "8,030,261,248 parameters frozen, 41,943,040 trained" in said
     assert "h100: 79.6 GiB" in said and ": fits" in said and "MEM_FRACTION" in said and "all is well" in said
@@ -129,7 +129,7 @@ def test_unknown_hardware_is_refused(capsys):
     assert cli.main(["doctor", config, "--config.mesh.hardware=h10"]) == 2
     assert "did you mean h100" in capsys.readouterr().err
     assert cli.main(["doctor", config, "--config.mesh.fsdp=3"]) == 2
-    assert "is not 8 devices" in capsys.readouterr().err
+    assert "but there are 8 devices" in capsys.readouterr().err
 
 
 PUBLISHED = [path.stem for path in sorted(CONFIGS.glob("*.py")) if "published_model" in path.read_text("utf-8")]
@@ -138,7 +138,7 @@ PUBLISHED = [path.stem for path in sorted(CONFIGS.glob("*.py")) if "published_mo
 def fits(name, words):
     """Whether doctor would say so, on the rows with the longest titles."""
     c = configuration.load(f"{CONFIGS / name}.py:goodreads{words}")
-    found = memory.stages(c, doctor._model(c), memory.mesh_of(c.mesh, c.mesh.devices))
+    found = memory.stages(c, doctor._model(c), sharding.planned_mesh(c.mesh, c.mesh.devices))
     return max(needed.total for needed in found.values()) <= memory.USABLE * memory.HARDWARE[c.mesh.hardware]
 
 

@@ -16,6 +16,7 @@ from rosepo_jax.errors import UserError
 from rosepo_jax.models import lora
 from rosepo_jax.models.decoder import LanguageModel
 from rosepo_jax.models.lora import LoRAConfig
+from rosepo_jax.preference.logprobs import response_logps
 from rosepo_jax.training import sharding
 from rosepo_jax.training.step import gradients
 
@@ -88,6 +89,39 @@ def test_missing_devices_are_noticed():
     assert sharding.make_mesh(ConfigDict(dict(replica=1, fsdp=-1, tensor=1, devices=8))).size == 8
     with pytest.raises(UserError, match=r"mesh\.devices=16, but there are 8"):
         sharding.make_mesh(ConfigDict(dict(replica=1, fsdp=-1, tensor=1, devices=16)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"), [((1, -1, 1), (1, 32, 1)), ((-1, 1, 2), (16, 1, 2)), ((2, 4, 4), (2, 4, 4))]
+)
+def test_a_mesh_of_devices_that_are_not_here(sizes, expected):
+    planned = sharding.planned_mesh(ConfigDict(dict(zip(sharding.AXES, sizes))), 32)
+    assert tuple(planned.shape.values()) == expected
+    with pytest.raises(UserError, match="there are 30 devices"):
+        sharding.planned_mesh(ConfigDict(dict(zip(sharding.AXES, (4, -1, 1)))), 30)
+
+
+@pytest.mark.parametrize("constrained", [True, False])
+def test_rows_stay_on_their_devices(constrained):
+    """The compiled program holds no activation of the whole batch; without the constraint it does."""
+    mesh = mesh_of(1, 8, 1)
+    lm = LanguageModel(tiny.DECODER, rows=sharding.batch_sharding(mesh) if constrained else None)
+    B, P, R, T = 16, 13, 2, 6
+    shapes = jax.eval_shape(lm.init, jax.random.key(0))
+    params = {
+        path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=found)
+        for (path, x), found in zip(shapes.items(), sharding.shardings(mesh, shapes).values())
+    }
+    rows = sharding.batch_sharding(mesh)
+    batch = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+        for shape, dtype in (((B, P), int), ((B, P), bool), ((B, R, T), int), ((B, R, T), bool))
+    ]
+    loss = jax.jit(jax.grad(lambda params, *batch: response_logps(lm, params, *batch).sum()))
+    text = loss.lower(params, *batch).compile().as_text()
+    S = P + R * (T - 1)
+    assert re.search(rf"f32\[{B // 8},{S},", text)
+    assert bool(re.search(rf"f32\[{B},{S},", text)) != constrained
 
 
 def test_batch_sizes_are_checked():
