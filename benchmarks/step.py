@@ -59,11 +59,11 @@ class Concatenated(LanguageModel):
         T = batch["response_BxRxT"].shape[2]
         tokens = batch["sequence_BxRxS"].reshape(B * R, S)
 
-        def attend(_, query, key, value):
-            return attention.causal(query, key, value), None
+        def attend(window, _, query, key, value):
+            return attention.causal(query, key, value, **self.config.scores, window=window), None
 
-        x, angle = self._embed(module, tokens, jnp.broadcast_to(jnp.arange(S)[None], tokens.shape))
-        x, _ = module.layers(x, angle, attend, None, self.remat)
+        position = jnp.broadcast_to(jnp.arange(S)[None], tokens.shape)
+        x, _ = module.layers(self._embed(module, tokens), position, attend, remat=self.remat)
         first = jnp.repeat(batch["prompt_mask_BxP"].sum(axis=1), R) - 1  # predicts the first response token
         mask = batch["response_mask_BxRxT"].reshape(B * R, T)
         if everywhere:
