@@ -53,12 +53,12 @@ def measure(workdir: pathlib.Path) -> list[dict]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary) / "hf"
         checkpoints_hf.write(folder, model.lm.config, model.params, workdir / "sft" / "tokenizer")
-        for how in quantize.FORMATS:
-            scores_ExC, size = candidate_scores(config, folder, how, catalogue, rows)
+        scored = {how: candidate_scores(config, folder, how, catalogue, rows) for how in quantize.FORMATS}
+        exact_ExC, _ = scored["none"]
+        for how, (scores_ExC, size) in scored.items():
             ranked_ExC = metrics.ranking(scores_ExC, rows.candidates_ExC)
             rank_E = metrics.target_rank(ranked_ExC, rows.target_E, catalogue.title_group_I)
             hits[how] = metrics.hit_ratio(rank_E, 1).astype(float)
-            exact_ExC = scores_ExC if how == "none" else exact_ExC  # noqa: F821 (FORMATS begins with none)
             error_ExC = np.abs(scores_ExC - exact_ExC)
             change = significance.compare(hits[how], hits["none"], rows.user_E, 2000, 0)
             found.append(

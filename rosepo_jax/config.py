@@ -166,7 +166,7 @@ def variant(c: ConfigDict, arg: str) -> ConfigDict:
 
 
 # Word of an argument -> device, how many, prompts that each holds at a time in training and in scoring.
-HARDWARE = {
+MACHINES = {
     "h100-1": ("h100", 1, 16, 4),
     "h100-8": ("h100", 8, 8, 4),
     "h200-1": ("h200", 1, 16, 8),
@@ -186,7 +186,7 @@ def published_model(arg: str, *, path: str, architecture: str, data: str, full: 
     """A run with the published model `path`, by the words of `NAME.py:WORD,WORD`.
 
     full       trains all parameters (float32); without it, adapters on a frozen bfloat16 base
-    HARDWARE   what it runs on; default: one H100, or `full` for all parameters. Batches are the same on all of them:
+    MACHINES   what it runs on; default: one H100, or `full` for all parameters. Batches are the same on all of them:
                what does not fit at a time is accumulated
     PUBLISHED  the rows; default: `data`
     smoke      a tiny new model on the same rows, anywhere
@@ -194,12 +194,12 @@ def published_model(arg: str, *, path: str, architecture: str, data: str, full: 
     Learning rates are reconstructed: the usual ones for these sizes.
     """
     words = set(filter(None, arg.split(",")))
-    kinds = ({"full"}, set(HARDWARE), set(PUBLISHED), {"smoke"})
+    kinds = ({"full"}, set(MACHINES), set(PUBLISHED), {"smoke"})
     if not words <= set().union(*kinds) or any(len(words & kind) > 1 for kind in kinds):
-        choices = "; ".join(" | ".join(kind) for kind in (["full"], HARDWARE, PUBLISHED))
+        choices = "; ".join(" | ".join(kind) for kind in (["full"], MACHINES, PUBLISHED))
         raise UserError(f"unknown argument :{arg}; there is :smoke, and at most one of each of: {choices}")
     everything = "full" in words
-    (hardware,) = words & set(HARDWARE) or {full if everything else "h100-1"}
+    (hardware,) = words & set(MACHINES) or {full if everything else "h100-1"}
     (rows,) = words & set(PUBLISHED) or {data}
 
     c = default()
@@ -217,7 +217,7 @@ def published_model(arg: str, *, path: str, architecture: str, data: str, full: 
     c.pairs.max_rows = 16000
     c.evaluate.max_generate = 500
 
-    device, devices, training, scoring = HARDWARE[hardware]
+    device, devices, training, scoring = MACHINES[hardware]
     c.mesh.hardware, c.mesh.devices = device, devices
     if not everything and device != "v5e":  # every device holds the base: nothing is gathered
         c.mesh.replica, c.mesh.fsdp = -1, 1

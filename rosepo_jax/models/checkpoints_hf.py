@@ -58,6 +58,7 @@ _LAYER = {  # module below blocks/ -> name below model.layers.N.
     "mlp/up": "mlp.up_proj",
     "mlp/down": "mlp.down_proj",
 }
+MODULES = {path: name for path, name in _LAYER.items() if "norm" not in path}  # the linear maps
 _SANDWICH = {  # the same name means another norm where norms also stand behind attention and MLP
     "attention_post_norm": "post_attention_layernorm",
     "mlp_norm": "pre_feedforward_layernorm",
@@ -194,11 +195,6 @@ def names_and_shapes(config: DecoderConfig) -> list[tuple[str, list[str], tuple[
     return result
 
 
-def module_names(config: DecoderConfig) -> dict[str, str]:
-    """Hugging Face name of every linear map inside a block, by our path."""
-    return {path: name for path, name in _LAYER.items() if "norm" not in path}
-
-
 def few(names: Iterable[str]) -> str:
     first = sorted(names)
     return ", ".join(first[:3]) + (f" and {len(first) - 3} more" if len(first) > 3 else "")
@@ -308,7 +304,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def _place(tensor: Tensor, shape: tuple[int, ...], sharding: Sharding, flip: bool, dtype) -> jax.Array:
     """One tensor of a file in its shards; a process reads the parts of its own devices only."""
-    return jax.make_array_from_callback(shape, sharding, lambda index: tensor.load(index or (), flip, dtype))
+    return jax.make_array_from_callback(shape, sharding, lambda index: tensor.load(index, flip, dtype))  # type: ignore[arg-type]
 
 
 def _without_layers(sharding: Sharding) -> Sharding:

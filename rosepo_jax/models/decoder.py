@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from rosepo_jax.errors import UserError
 from rosepo_jax.models import attention, quantize
 from rosepo_jax.models.lora import LoRAConfig
 
@@ -112,7 +113,7 @@ class Linear(nnx.Module):
 
     def __init__(self, path: str, inputs: int, outputs: int, c: DecoderConfig, storage: Storage, rngs: nnx.Rngs):
         lora = storage.lora if storage.lora and storage.lora.matches(path) else None
-        self.path, self.lora, self.quantize = path, lora, storage.quantize if path != "head" else "none"
+        self.path, self.lora, self.quantize = path, lora, storage.quantize
         kernel = _normal(rngs, (inputs, outputs), inputs**-0.5, storage.dtype)
         if self.quantize != "none":
             kernel, scale = quantize.quantize(kernel, self.quantize)
@@ -225,7 +226,8 @@ class Decoder(nnx.Module):
         self.blocks = stack(rngs.fork(split=c.layers))
         self.norm = Norm(c.width, c, storage)
         if not c.tie_embeddings:
-            self.head = Linear("head", c.width, c.vocabulary, c, dataclasses.replace(storage, lora=None), rngs)
+            plain = dataclasses.replace(storage, lora=None, quantize="none")
+            self.head = Linear("head", c.width, c.vocabulary, c, plain, rngs)
 
     def embed(self, tokens_BxS: jax.Array, dtype: str) -> jax.Array:
         x_BxSxD = self.embedding[...][tokens_BxS].astype(dtype)
@@ -286,6 +288,10 @@ class LanguageModel:
     remat: str = "none"
     quantize: str = "none"
     rows: jax.sharding.NamedSharding | None = None  # how the rows of a batch are split over devices
+
+    def __post_init__(self) -> None:
+        if self.quantize not in quantize.FORMATS:
+            raise UserError(f"model.quantize={self.quantize!r}: choose one of {', '.join(quantize.FORMATS)}")
 
     @functools.cached_property
     def _graph(self):

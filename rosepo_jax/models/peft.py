@@ -17,11 +17,12 @@ from jax.sharding import Sharding
 from rosepo_jax import files
 from rosepo_jax.errors import UserError
 from rosepo_jax.models import checkpoints_hf
-from rosepo_jax.models.checkpoints_hf import Tensor, few
+from rosepo_jax.models.checkpoints_hf import MODULES, Tensor, few
 from rosepo_jax.models.decoder import DecoderConfig, LanguageModel
 from rosepo_jax.models.lora import LoRAConfig, is_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_OURS = {name: path for path, name in MODULES.items()}
 _NAME = re.compile(r"model\.layers\.(\d+)\.(.+)\.lora_([AB])\.weight")
 # Everything else in adapter_config.json must be absent or empty: it would change what the adapter computes.
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "target_modules", "init_lora_weights"}
@@ -41,7 +42,7 @@ def base_name(directory: str | os.PathLike) -> tuple[str, str]:
     return raw.get("base_model_name_or_path") or "", raw.get("revision") or ""
 
 
-def read_config(directory: str | os.PathLike, config: DecoderConfig) -> LoRAConfig:
+def read_config(directory: str | os.PathLike) -> LoRAConfig:
     """Rank, alpha, dropout and scale from adapter_config.json; the targets from the tensors that are there."""
     path = pathlib.Path(directory) / CONFIG
     raw = files.read_json(path)
@@ -60,8 +61,7 @@ def read_config(directory: str | os.PathLike, config: DecoderConfig) -> LoRAConf
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise UserError(f"{path}: r and lora_alpha must be a positive integer and a number")
-    ours = _ours(config)
-    modules = {ours[module] for _, module, _ in _tensors(pathlib.Path(directory), ours)}
+    modules = {_OURS[module] for _, module, _ in _tensors(pathlib.Path(directory))}
     targets = "|".join(sorted(modules))
     return LoRAConfig(rank, alpha, targets, raw.get("lora_dropout") or 0.0, bool(raw.get("use_rslora")))
 
@@ -74,10 +74,9 @@ def read(
     Errors: UserError that names missing, unknown or misshapen tensors, or weights in a pickle format.
     """
     directory = pathlib.Path(directory)
-    ours = _ours(config)
-    tensors = _tensors(directory, ours)
+    tensors = _tensors(directory)
     expected = {path: value.shape for path, value in _adapter_shapes(config, lora).items()}
-    found = {f"blocks/{ours[module]}/lora_{half.lower()}" for _, module, half in tensors}
+    found = {f"blocks/{_OURS[module]}/lora_{half.lower()}" for _, module, half in tensors}
     if found != expected.keys():
         raise UserError(f"{directory}: tensors of {few(found ^ expected.keys())} are missing or belong to no target")
     params = {}
@@ -85,7 +84,7 @@ def read(
         module, half = path.removeprefix("blocks/").rsplit("/lora_", 1)
         stack = np.empty(shape, np.float32)
         for layer in range(config.layers):
-            tensor = tensors.get((layer, checkpoints_hf.module_names(config)[module], half.upper()))
+            tensor = tensors.get((layer, MODULES[module], half.upper()))
             if tensor is None:
                 raise UserError(f"{directory}: {module} has no adapter in layer {layer}; all layers need one")
             if tensor.shape != shape[:0:-1]:
@@ -114,13 +113,12 @@ def write(
     expected = {path: value.shape for path, value in _adapter_shapes(config, lora).items()}
     if {path: tuple(value.shape) for path, value in adapter.items()} != expected:
         raise ValueError("parameters do not fit the adapter's configuration")
-    names = checkpoints_hf.module_names(config)
     tensors, modules = {}, set()
     for path, value in adapter.items():
         module, half = path.removeprefix("blocks/").rsplit("/lora_", 1)
-        modules.add(names[module].rpartition(".")[2])
+        modules.add(MODULES[module].rpartition(".")[2])
         for layer, part in enumerate(np.asarray(value, np.float32)):
-            name = f"base_model.model.model.layers.{layer}.{names[module]}.lora_{half.upper()}.weight"
+            name = f"base_model.model.model.layers.{layer}.{MODULES[module]}.lora_{half.upper()}.weight"
             tensors[name] = np.ascontiguousarray(part.T)
 
     def fill(temporary: pathlib.Path) -> None:
@@ -152,11 +150,7 @@ def _adapter_shapes(config: DecoderConfig, lora: LoRAConfig) -> dict[str, jax.Sh
     return {path: value for path, value in described.items() if is_adapter(path)}
 
 
-def _ours(config: DecoderConfig) -> dict[str, str]:
-    return {name: path for path, name in checkpoints_hf.module_names(config).items()}
-
-
-def _tensors(directory: pathlib.Path, ours: Mapping[str, str]) -> dict[tuple[int, str, str], Tensor]:
+def _tensors(directory: pathlib.Path) -> dict[tuple[int, str, str], Tensor]:
     """Tensors by (layer, module, A or B)."""
     path = directory / WEIGHTS
     if not path.is_file():
@@ -166,7 +160,7 @@ def _tensors(directory: pathlib.Path, ours: Mapping[str, str]) -> dict[tuple[int
     found = {}
     for name, tensor in checkpoints_hf.headers(path).items():
         match = _NAME.fullmatch(checkpoints_hf.text_model(name.removeprefix("base_model.model.")) or "")
-        if match is None or match[2] not in ours:
+        if match is None or match[2] not in _OURS:
             raise UserError(f"{path}: tensor {name} belongs to no linear map of the model's blocks")
         found[int(match[1]), match[2], match[3]] = tensor
     return found

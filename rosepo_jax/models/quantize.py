@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import qwix
 
+from rosepo_jax.errors import UserError
+
 FORMATS = ("none", "int8", "nf4")
 _BLOCK = 64  # inputs that share a scale in nf4
 
@@ -18,7 +20,7 @@ def quantize(kernel_IxO: jax.Array, how: str) -> tuple[jax.Array, jax.Array]:
     """The stored values and their float32 scales of one kernel [inputs, outputs].
 
     Shapes:    int8: [I, O] int8 and [1, O]; nf4: [I/2, O] uint8 and [I/b, O], b = gcd(I, 64)
-    Errors:    ValueError for nf4 with an odd number of inputs.
+    Errors:    UserError for nf4 with an odd number of inputs.
     """
     kernel_IxO = kernel_IxO.astype(jnp.float32)
     if how == "int8":
@@ -26,7 +28,7 @@ def quantize(kernel_IxO: jax.Array, how: str) -> tuple[jax.Array, jax.Array]:
         return array.qvalue, array.scale
     inputs = kernel_IxO.shape[0]
     if inputs % 2:
-        raise ValueError(f"nf4 packs pairs of inputs, but a kernel has {inputs}")
+        raise UserError(f"model.quantize=nf4 packs pairs of inputs, but a kernel has {inputs}; use int8")
     array = qwix.quantize(kernel_IxO, "nf4", channelwise_axes=[1], tiled_axes={0: math.gcd(inputs, _BLOCK)})
     codes = array.qvalue.astype(jnp.uint8)
     return codes[0::2] | (codes[1::2] << 4), array.scale

@@ -201,6 +201,6 @@ def _model(config: "ConfigDict") -> "LanguageModel":
             f"model.path={m.path!r} is not here; model.architecture says what it is: a name or a config.json"
         )
     else:
-        architecture = policy.new_architecture(m, -(-m.vocabulary // 64) * 64)
-    lora = policy.new_adapter(m, architecture)
-    return LanguageModel(architecture, lora, m.dtype, m.param_dtype, m.remat, m.quantize if lora else "none")
+        architecture = policy.new_architecture(m, m.vocabulary)
+    lora = policy.new_adapter(m)
+    return LanguageModel(architecture, lora, m.dtype, m.param_dtype, m.remat, m.quantize)

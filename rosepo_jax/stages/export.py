@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from rosepo_jax import files
 from rosepo_jax.data.prompts import Template
 from rosepo_jax.errors import UserError
-from rosepo_jax.models import checkpoints_hf, peft
+from rosepo_jax.models import checkpoints_hf, hub, peft
 from rosepo_jax.models import lora as adapters
 from rosepo_jax.stages import runtime
 from rosepo_jax.training import policy, sharding
@@ -89,11 +89,7 @@ def card(workdir: pathlib.Path, checkpoint: str) -> str:
             f"Trained by rosepo_jax: {method}. It continues this prompt, in which titles stand one a line,",
             *("with the title of the next item and the end-of-sequence token:", ""),
             *("```", Template.load(manifest["resolved_config"]["data"]["template"]).text.rstrip("\n"), "```", ""),
-            *(
-                ["It is one user turn of the tokenizer's chat template.", ""]
-                if settings["model"]["chat_template"]
-                else []
-            ),
+            *(["In one user turn of the chat template.", ""] if settings["model"]["chat_template"] else []),
             *("## Data", ""),
             f"- source: {data['source']}, hash {data_hash}",
             f"- prepared rows: {prepared['identity']}",
@@ -121,9 +117,8 @@ def _results(workdir: pathlib.Path, checkpoint: str, identity: str) -> list[str]
         if model in protocol["models"]:
             lines += [f"Protocol `{name}`, {protocol['n']} rows, hash {protocol['hash']}:", ""]
             lines += ["| metric | value | 95 % interval | n |", "|---|---|---|---|"]
-            lines += [_row(metric, cell) for metric, cell in protocol["models"][model].items() if _is_number(cell)] + [
-                ""
-            ]
+            cells = {metric: cell for metric, cell in protocol["models"][model].items() if _is_number(cell)}
+            lines += [*(_row(metric, cell) for metric, cell in cells.items()), ""]
     for c in results.get("comparisons", []):
         if model in (c["a"], c["b"]):
             lines.append(
@@ -153,12 +148,14 @@ def _number(value: float | None) -> str:
 
 
 def _without_folders(settings: dict) -> dict:
-    """The settings with the names of the user's files, but not where these lie."""
+    """The settings with the names of the user's files, but not where these lie; a hub id is no folder."""
+
+    def shown(name: str, value: Any) -> Any:
+        is_folder = name in runtime.PATH_KEYS and not (name == "model.path" and hub.is_id(value))
+        return pathlib.Path(value).name if is_folder else value
+
     return {
-        section: {
-            key: pathlib.Path(value).name if f"{section}.{key}" in runtime.PATH_KEYS else value
-            for key, value in values.items()
-        }
+        section: {key: shown(f"{section}.{key}", value) for key, value in values.items()}
         if isinstance(values, dict)
         else values
         for section, values in settings.items()

@@ -7,6 +7,7 @@ model/ (the trained parameters: everything, or the adapter alone).
 import dataclasses
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 from rosepo_jax import files, seeds
 from rosepo_jax.data.prompts import Encoder, Template, train_tokenizer
 from rosepo_jax.errors import UserError
-from rosepo_jax.models import checkpoints_hf, families, hub, peft, quantize
+from rosepo_jax.models import checkpoints_hf, families, hub, peft
 from rosepo_jax.models import lora as adapters
 from rosepo_jax.models.decoder import DecoderConfig, LanguageModel
 from rosepo_jax.models.lora import LoRAConfig
@@ -55,17 +56,11 @@ def create(config: ConfigDict, out: pathlib.Path, mesh: Mesh, tokenizer_texts: I
                 shutil.copy(folder / name, out / "tokenizer")
         base = {"path": m.path, "revision": commit or m.revision}
     else:
-        vocabulary = (
-            -(-train_tokenizer(tokenizer_texts, m.vocabulary, out / "tokenizer") // 64) * 64
-        )  # meshes divide it
+        vocabulary = train_tokenizer(tokenizer_texts, m.vocabulary, out / "tokenizer")
         architecture = new_architecture(m, vocabulary)
         if architecture.vocabulary < vocabulary:
             raise UserError(f"model.vocabulary={m.vocabulary}: {m.architecture} has {architecture.vocabulary} tokens")
-    lora = new_adapter(m, architecture)
-    if m.quantize not in quantize.FORMATS:
-        raise UserError(f"model.quantize={m.quantize!r}: choose one of {', '.join(quantize.FORMATS)}")
-    if m.quantize != "none" and lora is None:
-        raise UserError(f"model.quantize={m.quantize}: a quantised model is not trained itself; use model.tuning=lora")
+    lora = new_adapter(m)
     described = {"decoder": dataclasses.asdict(architecture), "lora": lora and dataclasses.asdict(lora), "base": base}
     files.write_json(out / "model.json", described)
     return _assemble(config, out, described, mesh, adapter=m.adapter)
@@ -78,7 +73,7 @@ def new_architecture(m: ConfigDict, vocabulary: int) -> DecoderConfig:
     if m.width % m.heads or m.heads % m.kv_heads:
         raise UserError(f"model: width {m.width} / heads {m.heads} / kv_heads {m.kv_heads} must divide evenly")
     return DecoderConfig(
-        vocabulary=vocabulary,
+        vocabulary=-(-vocabulary // 64) * 64,  # a multiple that meshes divide
         width=m.width,
         layers=m.layers,
         heads=m.heads,
@@ -114,7 +109,7 @@ def open_model(config: ConfigDict, source: str | os.PathLike, mesh: Mesh) -> Pol
     if not (folder / "config.json").is_file():
         raise UserError(f"{path}: neither a stage's model folder (model.json) nor a Hugging Face one (config.json)")
     architecture = checkpoints_hf.read_config(folder)
-    lora = peft.read_config(source, architecture) if peft.is_directory(source) else None
+    lora = peft.read_config(source) if peft.is_directory(source) else None
     described = {
         "decoder": dataclasses.asdict(architecture),
         "lora": lora and dataclasses.asdict(lora),
@@ -129,19 +124,25 @@ def hand_on(source: pathlib.Path, out: pathlib.Path) -> None:
     files.write_bytes(out / "model.json", (source / "model.json").read_bytes())
 
 
-def new_adapter(m: ConfigDict, architecture: DecoderConfig) -> LoRAConfig | None:
+def new_adapter(m: ConfigDict) -> LoRAConfig | None:
     """What is trained on top of a frozen base; None for full tuning."""
     if m.tuning not in ("full", "lora"):
         raise UserError(f"model.tuning={m.tuning!r}: choose full or lora")
     if m.tuning == "full":
         if m.adapter:
             raise UserError("model.adapter: an adapter is continued with model.tuning=lora")
+        if m.quantize != "none":
+            raise UserError(f"model.quantize={m.quantize}: is for a frozen base; use model.tuning=lora")
         return None
     if m.adapter:
-        return peft.read_config(m.adapter, architecture)
+        return peft.read_config(m.adapter)
     lora = LoRAConfig(m.lora.rank, m.lora.alpha, m.lora.targets, m.lora.dropout, m.lora.rslora)
-    modules = checkpoints_hf.module_names(architecture)
-    if lora.rank < 1 or not 0 <= lora.dropout < 1 or not any(map(lora.matches, modules)):
+    modules = checkpoints_hf.MODULES
+    try:
+        matches = any(map(lora.matches, modules))
+    except re.error:
+        matches = False
+    if lora.rank < 1 or not 0 <= lora.dropout < 1 or not matches:
         raise UserError(
             f"model.lora: rank {lora.rank} must be at least 1, dropout {lora.dropout} in [0, 1), and targets "
             f"{lora.targets!r} a regular expression that matches some of {', '.join(modules)}"

@@ -101,7 +101,7 @@ def test_a_published_model_on_any_hardware_is_the_same_experiment(name):
     whole = configuration.load(spec(name))
     assert families.architecture(whole.model.architecture).width > 1000 and "/" in whole.model.path
     assert whole.model.tuning == "lora" and (whole.mesh.hardware, whole.mesh.devices) == ("h100", 1)
-    for hardware, (device, devices, *_) in defaults.HARDWARE.items():
+    for hardware, (device, devices, *_) in defaults.MACHINES.items():
         for tuning in ("", ",full"):
             c = configuration.load(spec(name, hardware + tuning))
             assert (c.mesh.hardware, c.mesh.devices) == (device, devices)

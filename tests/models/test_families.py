@@ -166,6 +166,11 @@ def test_harmless_fields_are_passed_over(tmp_path):
     assert read(tmp_path, raw) == read(tmp_path, {"model_type": "llama"})
 
 
+def test_smollm_as_the_hub_has_it(tmp_path):
+    extra = {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"kv_cache_dtype": {}}}
+    assert read(tmp_path, {"model_type": "llama"} | extra) == read(tmp_path, {"model_type": "llama"})
+
+
 def test_names_of_an_image_and_text_model():
     names = {
         "language_model.model.layers.0.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight",

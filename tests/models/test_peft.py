@@ -43,7 +43,7 @@ def tensors(folder, change):
 
 
 def test_there_and_back_is_bitwise(folder):
-    found = peft.read_config(folder, CONFIG)
+    found = peft.read_config(folder)
     assert found == dataclasses.replace(LORA, targets="attention/output|attention/query|mlp/down")
     assert found.scale == LORA.scale == 7.5 / 3**0.5
     assert peft.base_name(folder) == ("owner/model", "abc") and peft.is_directory(folder)
@@ -83,14 +83,14 @@ def test_tensors_are_named_and_laid_out_as_peft_does(folder):
 def test_settings_that_change_the_computation_are_refused(folder, changes, message):
     settings(folder, **changes)
     with pytest.raises(UserError, match=message) as error:
-        peft.read_config(folder, CONFIG)
+        peft.read_config(folder)
     assert "adapter_config.json" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_every_tensor_is_accounted_for(folder):
     name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
     original = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
-    found = peft.read_config(folder, CONFIG)
+    found = peft.read_config(folder)
     for change, message in (
         (lambda t: t.pop(name), "attention/query has no adapter in layer 1"),
         (lambda t: [t.pop(n) for n in list(t) if "q_proj.lora_B" in n], "attention/query/lora_b"),
@@ -107,10 +107,10 @@ def test_every_tensor_is_accounted_for(folder):
 def test_pickles_and_missing_weights(folder):
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(UserError, match="pickle"):
-        peft.read_config(folder, CONFIG)
+        peft.read_config(folder)
     (folder / "adapter_model.bin").unlink()
     with pytest.raises(UserError, match="missing"):
-        peft.read_config(folder, CONFIG)
+        peft.read_config(folder)
 
 
 def test_writing_checks_what_it_is_given(folder, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rosepo_jax.errors import UserError
 from rosepo_jax.models import lora, quantize
 from rosepo_jax.models.decoder import DecoderConfig, LanguageModel
 from rosepo_jax.models.lora import LoRAConfig
@@ -51,8 +52,14 @@ def test_nf4_takes_the_nearest_level_of_each_block(half, outputs, seed):
 
 
 def test_nf4_packs_pairs():
-    with pytest.raises(ValueError, match="a kernel has 3"):
+    with pytest.raises(UserError, match="a kernel has 3; use int8"):
         quantize.quantize(jnp.ones((3, 2)), "nf4")
+
+
+def test_another_format_is_refused_by_every_model():
+    config = DecoderConfig(vocabulary=29, width=16, layers=2, heads=4, kv_heads=2, head_dim=6, mlp_width=24)
+    with pytest.raises(UserError, match=r"model\.quantize='int4': choose one of none, int8, nf4"):
+        LanguageModel(config, quantize="int4")
 
 
 @pytest.mark.parametrize("how", ["int8", "nf4"])

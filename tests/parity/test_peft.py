@@ -58,7 +58,7 @@ def torch_logps(model, prompts, responses):
 def test_an_adapter_of_peft_in_and_out(checkpoint, within, tmp_path, name):
     base, model = adapted(name, checkpoint, tmp_path / "theirs")
     config = checkpoints_hf.read_config(base)
-    settings = peft.read_config(tmp_path / "theirs", config)
+    settings = peft.read_config(tmp_path / "theirs")
     adapter = peft.read(tmp_path / "theirs", config, settings)
     params = {**checkpoints_hf.read(base, config), **adapter}
     lm = LanguageModel(config, settings)

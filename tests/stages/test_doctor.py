@@ -144,5 +144,5 @@ def fits(name, words):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_fit_on_the_hardware_of_their_configs(name):
-    assert [hardware for hardware in defaults.HARDWARE if not fits(name, f",{hardware}")] == []
+    assert [hardware for hardware in defaults.MACHINES if not fits(name, f",{hardware}")] == []
     assert fits(name, ",full")

@@ -139,6 +139,7 @@ def test_mistakes_are_named(mesh, tmp_path):
         (small(kv_heads=3), "must divide evenly"),
         (small(quantize="int8"), "use model.tuning=lora"),
         (small("lora", quantize="int4"), "choose one of none, int8, nf4"),
+        (small("lora", lora={"rank": 2, "alpha": 1.0, "targets": "mlp/(", "dropout": 0.0}), "matches some of"),
         (small(adapter="x"), "continued with model.tuning=lora"),
         (
             small("lora", lora={"rank": 2, "alpha": 1.0, "targets": "q_proj", "dropout": 0.0}),
