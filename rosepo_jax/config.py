@@ -12,9 +12,10 @@ from rosepo_jax.errors import UserError
 def default() -> ConfigDict:
     """The configuration that every file in configs/ overrides."""
     c = ConfigDict()
-    c.seed = 0
+    c.seed = 0  # of everything that is trained
 
     c.data = d = ConfigDict()
+    d.seed = 0  # of the world, held-out rows and candidate lists: runs with other `seed`s stay comparable
     d.source = "world"  # world | movielens | recbole | table | amazon | llara | sequences | tfds:NAME
     d.path = ""  # folder or file of the source
     d.columns = ConfigDict(  # source = table, tfds:...: which column is which; "" = absent
@@ -31,9 +32,11 @@ def default() -> ConfigDict:
     d.min_history = 3  # rows with fewer history items are left out (and counted)
     d.held_out_share = 0.0  # share of train rows that SFT never sees as targets (for pairs.rows = held_out)
     d.max_validation = 0  # use at most this many validation rows, chosen by hash; 0 = all
-    d.max_test = 0
+    d.max_test = 0  # and of the windows
+    d.windows = False  # also keep every step of the test users as a row, for evaluate.protocols = windows
     d.candidates = 20  # C: the target and C-1 sampled items
-    d.candidate_sampling = "uniform"  # uniform | popularity
+    d.candidate_sampling = "uniform"  # uniform | popularity (as popular as what users take, in expectation)
+    d.candidate_exclude = "past"  # never listed, but as the target: past (all that the user had) | history (the window)
     d.template = "titles"  # a file of rosepo_jax/data/templates, or a path; {candidates} is filled from the frozen list
     d.world = ConfigDict(  # source = world: the embedded generative model of users and titles
         dict(users=2000, titles=300, genres=8, series=60, length=24, slate=12, exposure=0.5, noise=1.0, flip=0.0)

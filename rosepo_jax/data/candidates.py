@@ -1,8 +1,8 @@
 """Candidate lists: the target and C-1 sampled items, frozen before anything is trained.
 
-A list is a pure function of (seed, split, user, position), the pool and the user's past; the target is only excluded
-from it. Drawing by the target, as the sample lists of S-DPO do, lets a model that ignores the history find it (see
-`leak`).
+The items of a list are a pure function of (seed, split, user, position), the pool and the user's past; the target is
+only excluded from them. Drawing by the target, as the sample lists of S-DPO do, lets a model that ignores the history
+find it (see `leak`). Targets are spread evenly over the slots of a split, so that preferring a slot earns nothing.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Pool:
 def pool(
     user_E: np.ndarray, item_E: np.ndarray, position_E: np.ndarray, group_I: np.ndarray, weight_I: np.ndarray
 ) -> Pool:
-    """The pool for a log in which user_E had item_E as number position_E of the user's sequence."""
+    """The pool for a log in which user_E had item_E as number position_E of the user's sequence; it may be empty."""
     key_E = user_E.astype(np.int64) * len(group_I) + group_I[item_E]
     order = np.lexsort((position_E, key_E))
     had_key, first = np.unique(key_E[order], return_index=True)
@@ -62,7 +62,7 @@ def draw(
     seed: int,
     split: str,
 ) -> np.ndarray:
-    """candidates_ExC int32: the target in a random slot, C-1 items drawn with p ∝ weight without replacement.
+    """candidates_ExC int32: the target in a slot by `slots`, C-1 items drawn with p ∝ weight without replacement.
 
     All titles of a list differ; but for the target none is in the history or in what the user had before `position`.
     Errors: UserError when fewer than C-1 such titles have a positive weight.
@@ -71,15 +71,23 @@ def draw(
     queries = _Query(user_E[:, None].astype(np.int64), position_E[:, None], history_ExN, target_E[:, None])
     column = np.arange(size)
     step = max(1, BLOCK // (32 * size))
+    slot_E = slots(user_E, position_E, size, seed, split)
     for start in range(0, len(user_E), step):
         block = slice(start, start + step)
         query = queries.take(block)
         others_ExK = _others(pool, query, size - 1, seed, split)
-        slot_E = seeds.uniform(seeds.key(seed, "slot", split), query.user_Ex1, query.position_Ex1) * size
-        slot_Ex1 = slot_E.astype(np.int64)
+        slot_Ex1 = slot_E[block, None]
         before_ExC = np.take_along_axis(others_ExK, np.where(column > slot_Ex1, column - 1, column) % (size - 1), 1)
         candidates_ExC[block] = np.where(column == slot_Ex1, query.target_Ex1, before_ExC)
     return candidates_ExC
+
+
+def slots(user_E: np.ndarray, position_E: np.ndarray, size: int, seed: int, split: str) -> np.ndarray:
+    """The target's slot in each row: rows in an order by hash take the slots in turn, so all slots are as frequent."""
+    luck_E = seeds.uniform(seeds.key(seed, "slot", split), user_E, position_E)
+    slot_E = np.empty(len(user_E), np.int64)
+    slot_E[np.lexsort((position_E, user_E, luck_E))] = np.arange(len(user_E)) % size
+    return slot_E
 
 
 def _others(pool: Pool, query: _Query, k: int, seed: int, split: str) -> np.ndarray:
@@ -144,6 +152,8 @@ def _allowed(pool: Pool, item_ExM: np.ndarray, query: _Query) -> np.ndarray:
     allowed_ExM = group_ExM != pool.group_I[query.target_Ex1]
     for item_E in query.history_ExN.T:  # ready-made rows may hold histories that the log does not
         allowed_ExM &= (group_ExM != pool.group_I[item_E][:, None]) | (item_E < 0)[:, None]
+    if not len(pool.had_key):
+        return allowed_ExM
     key_ExM = query.user_Ex1 * len(pool.group_I) + group_ExM
     at = np.searchsorted(pool.had_key, key_ExM).clip(max=len(pool.had_key) - 1)
     return allowed_ExM & ((pool.had_key[at] != key_ExM) | (pool.had_position[at] >= query.position_Ex1))

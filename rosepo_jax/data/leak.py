@@ -20,12 +20,44 @@ BLOCK = 1 << 22  # comparisons made at a time, to bound memory
 
 
 def check(rows: dict[str, "Rows"]) -> dict[str, Any]:
-    """Both memorisers, taught by the train and by the validation lists and tested on the test lists; any `flagged`?"""
+    """Both memorisers, taught by the train and by the validation lists and tested on the test lists; any `flagged`?
+
+    `overlap` says why: how many other candidates two lists share, of the same target and of different ones.
+    `slots`: how often the rarest and the most frequent slot hold the target of a test row.
+    """
+    test = rows["test"]
     found = {
-        name: {"negatives": memoriser(rows[name], rows["test"]), "slot": slot_memoriser(rows[name], rows["test"])}
+        name: {"negatives": memoriser(rows[name], test), "slot": slot_memoriser(rows[name], test)}
         for name in ("train", "validation")
     }
-    return {"flagged": any(probe["flagged"] for probes in found.values() for probe in probes.values()), **found}
+    flagged = any(probe["flagged"] for probes in found.values() for probe in probes.values())
+    slot_C = np.bincount(
+        (test.candidates_ExC == test.target_E[:, None]).argmax(1), minlength=test.candidates_ExC.shape[1]
+    )
+    return {
+        "flagged": flagged,
+        **{name: {**probes, "overlap": overlap(rows[name], test)} for name, probes in found.items()},
+        "slots": {"fewest": int(slot_C.min()), "most": int(slot_C.max())},
+    }
+
+
+def overlap(memory: "Rows", test: "Rows") -> dict[str, float | None]:
+    """Mean number of candidates, targets apart, that a test list shares with a list of `memory`.
+
+    `same`: with the first list of the same target; `other`: with that of the next test row's target, which is chance.
+    """
+    first_I = _first_row(memory, test)
+    known = test.take(first_I[test.target_E] >= 0)
+    if not len(known):
+        return {"same": None, "other": None}
+    twin_E = first_I[known.target_E]
+    shared = {}
+    for name, row_E in (("same", twin_E), ("other", np.roll(twin_E, 1))):
+        lists = memory.take(row_E)
+        theirs_ExC = np.where(lists.candidates_ExC == lists.target_E[:, None], -1, lists.candidates_ExC)
+        ours_ExC = np.where(known.candidates_ExC == known.target_E[:, None], -2, known.candidates_ExC)
+        shared[name] = float((ours_ExC[:, :, None] == theirs_ExC[:, None, :]).sum((1, 2)).mean())
+    return shared
 
 
 def memoriser(memory: "Rows", test: "Rows") -> dict[str, Any]:

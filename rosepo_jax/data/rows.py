@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-SPLITS = ("train", "held_out", "validation", "test")
+# windows: every step of the test users that training and validation leave alone (config.data.windows); else no rows
+SPLITS = ("train", "held_out", "validation", "test", "windows")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

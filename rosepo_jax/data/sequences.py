@@ -63,7 +63,10 @@ def build(raw: RawLog, config: Any, seed: int) -> Prepared:
     )
 
     weight_I = np.ones(len(catalogue)) if config.candidate_sampling == "uniform" else catalogue.count_I
-    pool = candidates.pool(events.user_E, events.item_E, events.position_E, catalogue.title_group_I, weight_I)
+    had = slice(None if config.candidate_exclude == "past" else 0)
+    pool = candidates.pool(
+        events.user_E[had], events.item_E[had], events.position_E[had], catalogue.title_group_I, weight_I
+    )
     rows, dropped = {}, {}
     for name, role in (("train", TRAIN), ("validation", VALIDATION), ("test", TEST)):
         if name in frozen:
@@ -76,16 +79,26 @@ def build(raw: RawLog, config: Any, seed: int) -> Prepared:
                 f"split {name} has no rows ({config.split} of {len(events.user_E)} interactions of {len(users)} users, "
                 f"dropped: {dropped[name]}); lower data.min_history or data.core_user, or choose another data.split"
             )
+    if config.windows:
+        steps = np.flatnonzero(_untouched(events, rows["test"].user_E))
+        rows["windows"], dropped["windows"] = _usable(_windows(events, steps, config.history), "windows", config, seed)
     train = rows["train"]
     held_out_E = seeds.uniform(seeds.key(seed, "held_out"), train.user_E, train.position_E) < config.held_out_share
     rows["train"], rows["held_out"] = train.take(~held_out_E), train.take(held_out_E)
-    rows = {name: _with_candidates(rows[name], pool, config.candidates, seed, name) for name in SPLITS}
+    rows = {name: _with_candidates(rows[name], pool, config.candidates, seed, name) for name in SPLITS if name in rows}
 
     summary = {
         **statistics.describe(catalogue, len(users), events, rows),
         "order": ORDER_RULE,
         "split": {"name": config.split, "rule": SPLIT_RULES[config.split]},
-        "candidates": {"size": config.candidates, "sampling": config.candidate_sampling, "ready_made": sorted(frozen)},
+        "candidates": {
+            "size": config.candidates,
+            "sampling": config.candidate_sampling,
+            "exclude": config.candidate_exclude,
+            "ready_made": sorted(frozen),
+            "ready_made_lists": any(row.candidates for row in frozen.get("test", ())),
+            **statistics.candidates(catalogue, rows["test"]),
+        },
         "candidate_leak": leak.check(rows),
         "repairs": dict(raw.repairs),
         "dropped": {
@@ -96,6 +109,7 @@ def build(raw: RawLog, config: Any, seed: int) -> Prepared:
             "rows": dropped,
         },
     }
+    summary["defects"] = statistics.defects(summary, rows["test"])
     return Prepared(catalogue, users, rows, seen_train(events, len(users)), summary, raw_user_U, raw_item_I)
 
 
@@ -153,6 +167,7 @@ def _check(config: Any, raw: RawLog) -> None:
     for name, good, hint in (
         ("split", config.split in SPLIT_RULES, "one of " + ", ".join(SPLIT_RULES)),
         ("candidate_sampling", config.candidate_sampling in ("uniform", "popularity"), "uniform or popularity"),
+        ("candidate_exclude", config.candidate_exclude in ("past", "history"), "past or history"),
         ("candidates", config.candidates >= 2, "at least 2"),
         ("history", config.history >= 1, "at least 1"),
         ("min_history", 0 <= config.min_history <= config.history, "between 0 and data.history"),
@@ -235,6 +250,11 @@ def _train_mask(events: Events) -> np.ndarray:
     return train_E | ((events.role_E == CONTEXT) & (events.position_E < last_U[events.user_E]))
 
 
+def _untouched(events: Events, user_E: np.ndarray) -> np.ndarray:
+    """bool_E: interactions of these users that are neither seen in training nor targets of validation."""
+    return np.isin(events.user_E, user_E) & ~_train_mask(events) & (events.role_E != VALIDATION)
+
+
 def _windows(events: Events, index: np.ndarray, n: int) -> Rows:
     """The rows (without candidates) whose targets are the events `index`."""
     history_ExN = np.empty((len(index), n), np.int32)
@@ -288,7 +308,7 @@ def _usable(rows: Rows, name: str, config: Any, seed: int) -> tuple[Rows, dict[s
     long_E = (rows.history_ExN >= 0).sum(1) >= config.min_history
     dropped = {"short_history": int((~long_E).sum())}
     rows = rows.take(long_E)
-    limit = {"validation": config.max_validation, "test": config.max_test}.get(name, 0)
+    limit = {"validation": config.max_validation, "test": config.max_test, "windows": config.max_test}.get(name, 0)
     dropped["beyond_maximum"] = max(0, len(rows) - limit) if limit else 0
     if dropped["beyond_maximum"]:
         luck_E = seeds.uniform(seeds.key(seed, "maximum", name), rows.user_E, rows.position_E)

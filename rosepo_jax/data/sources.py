@@ -47,7 +47,7 @@ __all__ = ["FrozenRow", "Interactions", "RawLog", "read"]
 
 
 def read(data: Any, seed: int) -> RawLog:
-    """The log that the config section `data` names; `seed` matters to the embedded world only.
+    """The log that the config section `data` names; `seed` (`data.seed`) matters to the embedded world only.
 
     Errors: UserError as listed in the module's docstring.
     """

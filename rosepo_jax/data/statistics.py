@@ -50,6 +50,70 @@ def describe(catalogue: Catalogue, n_users: int, events: "Events", rows: dict[st
     }
 
 
+def candidates(catalogue: Catalogue, test: "Rows") -> dict[str, Any]:
+    """What is easy about the test lists. JSON-ready.
+
+    `popularity_ratio`: mean train count of the targets over that of the other candidates; above 1, popularity helps.
+    `colliding_rows`: rows in which one candidate's title stands inside another's; `lost_rows`: rows in which another
+    candidate's title stands inside the target's, so that no answer is right by the literature's substring rule.
+    """
+    target_ExC = test.candidates_ExC == test.target_E[:, None]
+    count_ExC = catalogue.count_I[test.candidates_ExC]
+    others = count_ExC[~target_ExC].mean()
+    names = [normalise(title) for title in catalogue.titles]
+    distinct = sorted(set(names))
+    inside = dict(zip(distinct, contained(distinct).tolist()))
+    inside_I = np.array([inside[name] for name in names])
+    colliding = lost = 0
+    for e in np.flatnonzero(inside_I[test.candidates_ExC].any(1)):
+        listed = [names[item] for item in test.candidates_ExC[e]]
+        short = [name for item, name in zip(test.candidates_ExC[e], listed) if inside_I[item]]
+        colliding += any(a in b and a != b for a in short for b in listed)
+        lost += any(a in names[test.target_E[e]] and a != names[test.target_E[e]] for a in short)
+    return {
+        "popularity_ratio": float(count_ExC[target_ExC].mean() / others) if others else None,
+        "colliding_rows": int(colliding),
+        "lost_rows": int(lost),
+    }
+
+
+def defects(summary: dict[str, Any], test: "Rows") -> list[str]:
+    """What a reader must know before believing a figure on these test rows; sentences from the measured `summary`."""
+    n, found = len(test), []
+    leak, lists = summary["candidate_leak"], summary["candidates"]
+    if leak["flagged"]:
+        probes = [leak[name][kind] for name in ("train", "validation") for kind in ("negatives", "slot")]
+        worst = max((probe for probe in probes if probe["flagged"]), key=lambda probe: probe["HR@1"] - probe["chance"])
+        found.append(
+            f"The candidate lists betray their targets: a predictor that never reads a history is right on "
+            f"{worst['HR@1']:.1%} of {worst['n']:,} test rows (chance {worst['chance']:.1%}). Figures on these lists "
+            "stand for these lists only."
+        )
+    if "test" in lists["ready_made"] and not lists["ready_made_lists"]:
+        found.append(
+            "The source ships test rows without candidates: these lists are drawn afresh, so figures compare only "
+            "loosely with published ones."
+        )
+    if n < 500:
+        half = 1.96 * 0.5 / n**0.5
+        found.append(f"Only {n} test rows: one hit is {1 / n:.4f}, a 95 % interval spans up to ±{half:.3f}.")
+    size_U = np.sort(np.unique(test.user_E, return_counts=True)[1])[::-1]
+    if n > len(size_U):
+        found.append(
+            f"The {n:,} test rows come from {len(size_U):,} users, {size_U[:10].sum() / n:.0%} of them from ten: rows "
+            "are not independent, so intervals and tests resample users."
+        )
+    if lists["colliding_rows"]:
+        lost = f", and in {lists['lost_rows']:,} rows no answer can be right" if lists["lost_rows"] else ""
+        found.append(
+            f"By the literature's substring rule the titles of {lists['colliding_rows']:,} test rows collide{lost}: "
+            "one candidate's title stands inside another's."
+        )
+    if cold := round(summary["cold_start"]["test"] * n):
+        found.append(f"{cold:,} of {n:,} test targets never occur in training.")
+    return found
+
+
 def gini(count_I: np.ndarray) -> float:
     """Inequality of popularity over the n items that occur, in [0, 1).
 

@@ -20,7 +20,7 @@ from rosepo_jax.training.metrics import is_primary, progress
 NAME = "prepare"
 INPUTS: tuple[str, ...] = ()
 PROMPT_KEYS = ("template",)  # shapes prompts, not rows
-KEYS = ("seed", *(f"data.{key}" for key in defaults.default().data if key not in PROMPT_KEYS))
+KEYS = tuple(f"data.{key}" for key in defaults.default().data if key not in PROMPT_KEYS)
 RESUMABLE = False
 
 
@@ -28,9 +28,9 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
     """Builds the data set of `config.data` below `out`; returns the sizes that manifests show."""
     if not is_primary():
         return {}
-    truth = world.generate(config.data.world, config.seed) if config.data.source == "world" else None
-    raw = truth.log if truth else sources.read(config.data, config.seed)
-    prepared = sequences.build(raw, config.data, config.seed)
+    truth = world.generate(config.data.world, config.data.seed) if config.data.source == "world" else None
+    raw = truth.log if truth else sources.read(config.data, config.data.seed)
+    prepared = sequences.build(raw, config.data, config.data.seed)
 
     runtime.say(table(prepared.statistics))
     store.write(out / "dataset", prepared.rows, config.data.history, config.data.candidates, progress)
@@ -58,14 +58,13 @@ def table(statistics: dict[str, Any]) -> str:
         ("duplicate titles", f"{s['duplicate_titles']:,} items"),
         ("titles inside others", f"{s['contained_titles']:,}"),
         ("tied timestamps", f"{s['tied_timestamps']:.1%} of interactions"),
-        ("candidates", "{size}, {sampling}".format(**s["candidates"])),
+        ("candidates", _candidates(s["candidates"], leak["slots"])),
         *([("ready-made rows", ", ".join(ready_made))] if ready_made else []),
         *((f"leak, {kind}", _probe(leak, kind)) for kind in ("negatives", "slot")),
         *((f"repaired {n:,}", name) for name, n in s["repairs"].items()),
         *((f"dropped {n:,}", name.replace("_", " ")) for name, n in s["dropped"].items() if name != "rows" and n),
     ]
-    if leak["flagged"]:
-        lines.append(("WARNING", "the candidate lists betray their targets without the history: distrust HR on them"))
+    lines += [("known defect", sentence) for sentence in s["defects"]]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 
@@ -73,6 +72,12 @@ def table(statistics: dict[str, Any]) -> str:
 def _split(s: dict[str, Any], name: str) -> str:
     left_out = [f"{n:,} {reason.replace('_', ' ')}" for reason, n in s["dropped"]["rows"].get(name, {}).items() if n]
     return ", ".join([f"{s['rows'][name]:,}", f"cold targets {s['cold_start'][name]:.1%}", *left_out])
+
+
+def _candidates(lists: dict[str, Any], slots: dict[str, int]) -> str:
+    ratio = lists["popularity_ratio"]
+    easy = "" if ratio is None else f", test targets {ratio:.1f} times as popular as the others"
+    return f"{lists['size']}, {lists['sampling']}{easy}; a slot holds {slots['fewest']} to {slots['most']} of them"
 
 
 def _probe(leak: dict[str, Any], kind: str) -> str:

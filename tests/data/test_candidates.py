@@ -40,15 +40,26 @@ def test_lists_differ_between_rows_splits_and_seeds_but_not_with_the_company():
     assert (draw(pool, 200, split="train") != base).mean() > 0.7 and (draw(pool, 200, seed=1) != base).mean() > 0.7
     some = np.array([150, 3, 77])
     alone = candidates.draw(pool, some, some, np.full((3, 1), -1), np.zeros(3, np.int64), size=6, seed=0, split="test")
-    np.testing.assert_array_equal(alone, base[some])
+    np.testing.assert_array_equal(np.sort(alone), np.sort(base[some]))
 
 
-def test_negatives_and_slots_are_uniform():
+@pytest.mark.parametrize("rows", [1, 95, 122, 2400])
+def test_every_slot_holds_the_target_equally_often(rows):
+    """In any order of the rows, and whatever the targets are."""
+    user = np.random.default_rng(rows).permutation(rows)
+    slot_E = candidates.slots(user, user, 20, 0, "test")
+    count_C = np.bincount(slot_E, minlength=20)
+    assert count_C.max() - count_C.min() <= 1
+    np.testing.assert_array_equal(slot_E[np.argsort(user)], candidates.slots(*2 * [np.arange(rows)], 20, 0, "test"))
+    assert rows < 95 or abs(np.corrcoef(user, slot_E)[0, 1]) < 3 / rows**0.5
+
+
+def test_negatives_are_uniform_over_items_and_slots():
     lists = draw(make_pool(np.ones(21)), 20000)
     count_I = np.bincount(lists[lists != 0], minlength=21)[1:]
     assert np.abs(count_I / 20000 - 5 / 20).max() < 4 * np.sqrt(0.25 * 0.75 / 20000)
-    slot_C = np.bincount((lists == 0).argmax(1), minlength=6) / 20000
-    assert np.abs(slot_C - 1 / 6).max() < 4 * np.sqrt(1 / 6 * 5 / 6 / 20000)
+    slot_C = np.bincount((lists == 7).argmax(1)[(lists == 7).any(1)], minlength=6) / 20000
+    assert np.abs(slot_C - 1 / 24).max() < 4 * np.sqrt(1 / 24 * 23 / 24 / 20000)
 
 
 def inclusion(weight, k):

@@ -1,5 +1,6 @@
 import collections
 import dataclasses
+import random
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ from hypothesis import strategies as st
 
 from rosepo_jax import config as defaults
 from rosepo_jax import seeds
-from rosepo_jax.data import sequences, sources
+from rosepo_jax.data import leak, sequences, sources
 from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.data.log import FrozenRow, Interactions, RawLog
 from rosepo_jax.errors import UserError
+from rosepo_jax.evaluation import baselines
 
 SPLITS = ("leave_one_out", "global_time", "user_ratio")
 
@@ -379,17 +381,55 @@ def test_published_splits_have_their_sizes(real_data, folder, source, rows, user
         assert s["duplicate_titles"] > 1000
 
 
+def rate(score_ExC, rows):
+    """HR@1 of scores, ties shared."""
+    best_ExC = score_ExC == score_ExC.max(1, keepdims=True)
+    return ((best_ExC & (rows.candidates_ExC == rows.target_E[:, None])).sum(1) / best_ExC.sum(1)).mean()
+
+
+def floors(prepared, split="test"):
+    """HR@1 of popularity and of five-step co-occurrence, both counted on train."""
+    rows, train = prepared.rows[split], prepared.rows["train"]
+    count_IxI = baselines.cooccurrence_counts(train.history_ExN, train.target_E, len(prepared.catalogue))
+    return (
+        rate(baselines.popularity_scores(prepared.catalogue.count_I, rows.candidates_ExC), rows),
+        rate(baselines.cooccurrence_scores(count_IxI, rows.history_ExN, rows.candidates_ExC), rows),
+    )
+
+
 @pytest.mark.real_data
-def test_popularity_floor_on_fresh_lists_of_lastfm(real_data):
-    """Over 50 seeds it is .058 +- .015, so the mean of four is within .03."""
-    rates = []
-    for seed in range(4):
-        prepared = real(real_data, "llara-lastfm", "llara", seed, split="given")
-        rows, count_I = prepared.rows["test"], prepared.catalogue.count_I
-        rates.append(
-            (count_I[rows.candidates_ExC].argmax(1) == (rows.candidates_ExC == rows.target_E[:, None]).argmax(1)).mean()
-        )
-    assert abs(np.mean(rates) - 0.058) < 0.03
+@pytest.mark.parametrize(
+    ("folder", "popularity", "cooccurrence"),
+    [("llara-lastfm", (0.058, 0.015), (0.194, 0.021)), ("llara-movielens", (0.193, 0.023), (0.365, 0.026))],
+)
+def test_floors_on_fresh_lists(real_data, folder, popularity, cooccurrence):
+    """Mean and spread over 50 seeds are known; the mean of three draws must lie within three of its standard errors."""
+    draws = [real(real_data, folder, "llara", seed, split="given", candidate_exclude="history") for seed in range(3)]
+    found = np.mean([floors(prepared) for prepared in draws], axis=0)
+    for value, (mean, spread) in zip(found, (popularity, cooccurrence)):
+        assert abs(value - mean) < 3 * spread / 3**0.5
+
+
+@pytest.mark.real_data
+def test_windows_are_the_steps_of_the_test_users_that_nobody_trained_on(real_data):
+    """S-DPO's test rows are those of LLaRA's test users, all steps with three items before them."""
+    windows = real(real_data, "llara-lastfm", "llara", split="given", windows=True)
+    rows = windows.rows["windows"]
+    assert len(rows) == 2495
+    last_E = rows.position_E == [rows.position_E[rows.user_E == user].max() for user in rows.user_E]
+    test = windows.rows["test"]
+    order = np.argsort(test.user_E)
+    np.testing.assert_array_equal(rows.take(last_E).history_ExN, test.take(order).history_ExN)
+    np.testing.assert_array_equal(rows.take(last_E).target_E, test.take(order).target_E)
+    assert not set(rows.user_E) & set(windows.rows["train"].user_E)
+    shipped = real(real_data, "sdpo-lastfm", "llara", split="given")
+
+    def texts(prepared, split):
+        found = prepared.rows[split]
+        names = [*prepared.catalogue.ids, ""]
+        return sorted((*(names[i] for i in h), names[t]) for h, t in zip(found.history_ExN, found.target_E))
+
+    assert texts(windows, "windows") == texts(shipped, "test")
 
 
 @pytest.mark.real_data
@@ -399,3 +439,33 @@ def test_lists_seeded_by_their_target_are_flagged(real_data):
     leak = prepared.statistics["candidate_leak"]
     assert leak["flagged"] and leak["validation"]["negatives"]["flagged"] and leak["validation"]["slot"]["flagged"]
     assert not leak["train"]["negatives"]["flagged"]  # train lists are our own, and do not match the shipped ones
+    assert leak["validation"]["overlap"]["same"] > 5 > 0.2 > leak["validation"]["overlap"]["other"]
+    assert prepared.statistics["candidates"]["lost_rows"] == 3
+    assert prepared.statistics["candidates"]["colliding_rows"] == 39  # 25 if case counts
+    assert [sentence.split()[0] for sentence in prepared.statistics["defects"]] == ["The", "The", "By"]
+    popularity, cooccurrence = floors(prepared)
+    assert popularity == pytest.approx(0.257, abs=5e-4) and cooccurrence == pytest.approx(0.621, abs=2e-3)  # ties
+
+
+@pytest.mark.real_data
+def test_a_memoriser_of_the_published_train_lists_is_right_on_most_test_rows(real_data):
+    """The train lists are not shipped, but follow from the recipe: random.seed(target), 19 of the others, shuffled.
+
+    Known: .7864 and, for the slot, .624; which list of a target comes first follows the order of the sessions file.
+    """
+    prepared = real(real_data, "sdpo-lastfm", "llara", split="given")
+    train, items = prepared.rows["train"], np.arange(len(prepared.catalogue))
+    train = train.take(np.argsort([int(prepared.users[user]) for user in train.user_E], kind="stable"))
+    train = train.take(np.sort(np.unique(train.target_E, return_index=True)[1]))
+    lists = []
+    for history, target in zip(train.history_ExN, train.target_E):
+        pool = np.delete(items, [*history[history >= 0], target]).tolist()
+        random.seed(int(target))
+        others = [*random.sample(pool, 19), int(target)]
+        random.seed(int(target))
+        random.shuffle(others)
+        lists.append(others)
+    memory, test = dataclasses.replace(train, candidates_ExC=np.array(lists)), prepared.rows["test"]
+    negatives, slot = leak.memoriser(memory, test), leak.slot_memoriser(memory, test)
+    assert negatives["flagged"] and slot["flagged"] and negatives["n"] == slot["n"] == 2495
+    assert negatives["HR@1"] == pytest.approx(0.7864, abs=2e-3) and slot["HR@1"] == pytest.approx(0.624, abs=5e-4)
