@@ -12,10 +12,13 @@ The stages, in order (each is skipped when it is up to date):
   run        all of the above
   sweep      many runs, a table, best first; shared stages are computed once
 
+  evaluate --predictions=FILE   another system's answers, under the same frozen protocol
+  report RUN RUN ...            runs side by side, seeds together
+
 Tools:
   recommend  top-k titles for a history or a user
   score      log-probability and token count of each response of a JSONL file
-  export     a checkpoint as a Hugging Face directory
+  export     a checkpoint as a Hugging Face directory; rows and rankings for other tools
   doctor     versions, devices, what is missing and how to get it
 
 `rosepo VERB --help` says more. Every config key, its default and its meaning: rosepo_jax/config.py.
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 
 COMMANDS = ("run", "sweep")
 TOOLS = ("recommend", "score", "export", "doctor")
+OF_A_RUN = (*TOOLS, "predictions")  # take the config of the folder that they are given
 DEMO = "configs/demo.py"
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -84,12 +88,15 @@ def _dispatch(verb: str, words: Sequence[str]) -> int:
     parser = _Parser(prog=f"rosepo {verb}", allow_abbrev=False, epilog="--config.KEY=VALUE overrides one config key.")
     parser.add_argument("--config", help=f"NAME.py[:ARG]; default: the config in the workdir, else {DEMO}")
     parser.add_argument("--workdir", type=pathlib.Path, help="default: runs/<name of the config>")
-    command = None if verb in STAGES else importlib.import_module(f"rosepo_jax.stages.{verb}")
+    name = file_of(verb, words)
+    command = None if name in STAGES else importlib.import_module(f"rosepo_jax.stages.{name}")
     if command is not None:
         command.add_arguments(parser)
     args = parser.parse_args(words)
-    blind = verb == "doctor" and not (args.config or args.workdir or overrides)
-    config = None if blind else resolve(verb, args, overrides)
+    given = args.config or args.workdir or overrides
+    if name == "compare" and given:
+        raise UserError("a comparison takes the folders of runs alone: rosepo report RUN RUN ... [--output=DIR]")
+    config = None if name in ("doctor", "compare") and not given else resolve(name, args, overrides)
     keep_freed_memory()
     if command is not None:
         return command.main(config, args) or 0
@@ -97,6 +104,15 @@ def _dispatch(verb: str, words: Sequence[str]) -> int:
 
     runtime.execute(runtime.module(verb), config, args.workdir)
     return 0
+
+
+def file_of(verb: str, words: Sequence[str]) -> str:
+    """The file below stages/ that a command line means: two verbs do something else with others' files."""
+    if verb == "evaluate" and any(word.partition("=")[0] == "--predictions" for word in words):
+        return "predictions"
+    if verb == "report" and words and not words[0].startswith("-"):
+        return "compare"
+    return verb
 
 
 def keep_freed_memory() -> None:
@@ -146,9 +162,9 @@ def resolve(verb: str, args: argparse.Namespace, overrides: Sequence[tuple[str, 
         args.config = str(args.workdir / "config.json")
     elif verb == "score":
         return configuration.load(None, overrides)
-    elif verb in TOOLS and args.workdir is None:
+    elif verb in OF_A_RUN and args.workdir is None:
         raise UserError("give the folder of a run: --workdir=DIR")
-    elif verb in TOOLS:
+    elif verb in OF_A_RUN:
         raise UserError(f"{args.workdir}: no config.json there; run `rosepo run --workdir={args.workdir}` first")
     elif not pathlib.Path(DEMO).is_file():
         raise UserError(f"give --config=NAME.py (the default, {DEMO}, is not in this folder)")

@@ -125,14 +125,17 @@ def default() -> ConfigDict:
     a.reference = "in_step"  # in_step | cached
 
     c.evaluate = e = ConfigDict()
-    e.protocols = ("candidates", "catalogue", "generate")
+    e.protocols = ("candidates", "catalogue", "generate")  # and windows, with data.windows
     e.batch_size = 64
     e.beams = 20
+    e.budget = 2000  # prefixes that best-first search may expand for a row whose beams prove nothing; 0 = leave it
     e.top = 10  # items of a ranked list that are kept
     e.neighbours = 20  # semantic error: a wrong top-1 among this many items nearest to the history
     e.bootstrap = 2000  # resamples
     e.sft_more = True  # the control: SFT continued for alignment's steps on alignment's rows
     e.max_generate = 0  # rows of the generate protocol; 0 = all
+    e.probe_rows = 500  # rows on which the probes are run (evaluation/probes.py); 0 = none
+    e.published = ""  # a table of evaluation/published.json to stand beside the results
 
     c.mesh = ConfigDict(
         dict(
@@ -162,7 +165,7 @@ def variant(c: ConfigDict, arg: str) -> ConfigDict:
     c.sft.batch_size, c.sft.accumulate, c.sft.length, c.sft.validate = 16, 1, "20 steps", "50 %"
     c.align.batch_size, c.align.accumulate, c.align.length, c.align.validate = 16, 1, "8 steps", "50 %"
     c.pairs.max_rows, c.pairs.batch_size = 64, 64
-    c.evaluate.batch_size, c.evaluate.bootstrap, c.evaluate.max_generate = 64, 100, 8
+    c.evaluate.batch_size, c.evaluate.bootstrap, c.evaluate.max_generate, c.evaluate.probe_rows = 64, 100, 8, 16
     c.checkpoint.every = "25 %"
     c.log.every = 1
     return c
@@ -177,12 +180,48 @@ MACHINES = {
     "v5e-16": ("v5e", 16, 2, 1),
     "v5p-64": ("v5p", 32, 4, 4),  # the name of the slice counts two cores a chip
 }
-# Word of an argument -> published rows (the source, its folder), the template and T that fit them.
+# Word of an argument -> published rows: source, folder, template, T that fits the titles, and the published table.
 PUBLISHED = {
-    "movielens": ("llara", "data/llara-movielens", "movies", 32),
-    "steam": ("llara", "data/llara-steam", "games", 96),
-    "goodreads": ("sequences", "data/patchrec-goodreads", "books", 96),
+    "movielens": ("llara", "data/llara-movielens", "movies", 32, "llara-movielens"),
+    "lastfm": ("llara", "data/llara-lastfm", "music", 96, "llara-lastfm"),
+    "steam": ("llara", "data/llara-steam", "games", 96, "llara-steam"),
+    "goodreads": ("sequences", "data/patchrec-goodreads", "books", 96, ""),
 }
+
+
+def published_rows(c: ConfigDict, rows: str) -> None:
+    """Sets `c` to the rows of PUBLISHED, all of them, in their split, with candidates as their authors drew them."""
+    c.data.source, c.data.path, c.data.template, c.model.response_length, c.evaluate.published = PUBLISHED[rows]
+    c.data.split, c.data.candidate_exclude = "given", "history"
+    c.data.core_user = c.data.core_item = 1
+
+
+def small_on_llara(rows: str, arg: str) -> ConfigDict:
+    """A small model from nothing on LLaRA's rows, for two CPU cores.
+
+    `listed`: the prompt lists the candidates and the model answers freely too, LLaRA's protocol to the letter. Without
+    it the prompt is the history alone, and the same lists are ranked. `smoke`: seconds, measures nothing.
+    """
+    words = set(filter(None, arg.split(",")))
+    if not words <= {"listed", "smoke"}:
+        raise UserError(f"unknown argument :{arg}; there are :listed and :smoke")
+    c = default()
+    published_rows(c, rows)
+    c.data.windows, c.evaluate.protocols = True, ("candidates", "windows", "catalogue", "generate")
+    c.data.held_out_share = 0.3
+    c.model.vocabulary = 24576  # BPE stops where nearly every title is one token
+    c.model.width, c.model.layers, c.model.heads, c.model.kv_heads, c.model.mlp_width = 128, 2, 4, 2, 384
+    c.sft.batch_size, c.sft.learning_rate, c.sft.length, c.sft.weight_decay = 128, 2e-3, "1000 steps", 0.1
+    c.sft.validate = "250 steps"
+    c.pairs.rows, c.pairs.negatives, c.pairs.strategy = "held_out", 8, "self_hard:0.3,uniform:0.7"
+    c.align.batch_size, c.align.learning_rate, c.align.length, c.align.beta = 64, 6e-4, "200 steps", 0.5
+    c.align.validate = "50 steps"
+    if "listed" in words:
+        c.data.template += "_candidates"
+        c.evaluate.protocols = ("candidates", "windows", "generate")
+    else:
+        c.data.template = "titles"
+    return variant(c, "smoke" if "smoke" in words else "")
 
 
 def published_model(arg: str, *, path: str, architecture: str, data: str, full: str) -> ConfigDict:
@@ -206,9 +245,8 @@ def published_model(arg: str, *, path: str, architecture: str, data: str, full: 
     (rows,) = words & set(PUBLISHED) or {data}
 
     c = default()
-    c.data.source, c.data.path, c.data.template, c.model.response_length = PUBLISHED[rows]
-    c.data.split, c.data.held_out_share, c.data.max_validation = "given", 0.3, 500
-    c.data.core_user = c.data.core_item = 1  # the published rows, all of them
+    published_rows(c, rows)
+    c.data.held_out_share, c.data.max_validation = 0.3, 500
     c.model.path, c.model.architecture, c.model.chat_template = path, architecture, True
     c.model.prompt_length, c.model.dtype, c.model.remat = 512, "bfloat16", "full"
     c.model.tuning, c.model.param_dtype = ("full", "float32") if everything else ("lora", "bfloat16")

@@ -1,6 +1,7 @@
 """Configs from Python files and from the command line, checked against the keys and types of `config.default()`."""
 
 import contextlib
+import functools
 import importlib.util
 import math
 import pathlib
@@ -83,8 +84,14 @@ def override(config: ConfigDict, key: str, value: Any) -> None:
         _set(config, name, text or value)
 
 
+@functools.cache
+def _known() -> dict[str, Any]:
+    """Every key with its default, made once: loading a config looks up each of its keys here."""
+    return flatten(defaults.default())
+
+
 def _set(config: ConfigDict, key: str, value: Any, where: str = "") -> None:
-    known = flatten(defaults.default())
+    known = _known()
     if key not in known:
         if any(name.startswith(f"{key}.") for name in known):
             raise UserError(f"{where}config.{key} is a section; set one of its keys")

@@ -24,6 +24,12 @@ def order(seed: int, step: int, batch_size: int, rows: int) -> np.ndarray:
     return np.array([_permutation(seed, int(p) // rows, rows)[p % rows] for p in position])
 
 
+def mine(batch_size: int) -> slice:
+    """This host's part of a batch."""
+    host, hosts = jax.process_index(), jax.process_count()
+    return slice(host * batch_size // hosts, (host + 1) * batch_size // hosts)
+
+
 def stream(
     encode: Callable[[np.ndarray], dict[str, np.ndarray]],
     rows: int,
@@ -37,11 +43,10 @@ def stream(
 
     `update_B`, the number of the batch, stands beside them: with the row number it names every random draw of a row.
     """
-    host, hosts = jax.process_index(), jax.process_count()
-    mine = slice(host * batch_size // hosts, (host + 1) * batch_size // hosts)
+    here = mine(batch_size)
 
     def load(step: int) -> dict[str, np.ndarray]:
-        index_B = order(seed, step, batch_size, rows)[mine]
+        index_B = order(seed, step, batch_size, rows)[here]
         return encode(index_B) | {"update_B": np.full(len(index_B), step, np.int32)}
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)

@@ -51,7 +51,7 @@ def overlap(memory: "Rows", test: "Rows") -> dict[str, float | None]:
     if not len(known):
         return {"same": None, "other": None}
     twin_E = first_I[known.target_E]
-    shared = {}
+    shared: dict[str, float | None] = {}
     for name, row_E in (("same", twin_E), ("other", np.roll(twin_E, 1))):
         lists = memory.take(row_E)
         theirs_ExC = np.where(lists.candidates_ExC == lists.target_E[:, None], -1, lists.candidates_ExC)

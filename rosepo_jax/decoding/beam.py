@@ -57,7 +57,7 @@ def beam_search(
     trie = jax.tree.map(jnp.asarray, trie)
     if excluded_BxX is None:
         excluded_BxX = jnp.full((batch, 0), -1)
-    advance = functools.partial(_advance, trie, _excluded_ranks(trie, excluded_BxX), width)
+    advance = functools.partial(_advance, trie, excluded_ranks(trie, excluded_BxX), width)
 
     logits_BxV, prompt_cache = lm.prefill(params, prompt_BxP, prompt_mask_BxP)
     root = _Search(
@@ -97,21 +97,12 @@ def _advance(
     logps_BxWxV = jax.nn.log_softmax(logits_BxWxV.astype(jnp.float32))
     node_BxW, score_BxW = search.node_BxW, search.score_BxW
 
-    title_BxW = trie.first_M[node_BxW]
-    ends_BxW = (trie.item_M[node_BxW] >= 0) & ~_all_excluded(excluded_BxX, title_BxW, title_BxW + 1)
-    ended_BxW = jnp.where(ends_BxW, score_BxW + logps_BxWxV[..., trie.eos], -jnp.inf)
-    item_BxW = jnp.where(ended_BxW > -jnp.inf, trie.item_M[node_BxW], -1)
-    items_Bxk, scores_Bxk = _merge(search.items_Bxk, search.scores_Bxk, item_BxW, ended_BxW)
+    items_Bxk, scores_Bxk = merge(
+        search.items_Bxk, search.scores_Bxk, *endings(trie, excluded_BxX, node_BxW, score_BxW, logps_BxWxV)
+    )
+    child_BxWxC, child_score_BxWxC = children(trie, excluded_BxX, branching, node_BxW, score_BxW, logps_BxWxV)
 
-    slots = max(1, branching)
-    child_BxWxC = trie.child_start_M1[node_BxW][..., None] + jnp.arange(slots, dtype=jnp.int32)[None, None]
-    is_child_BxWxC = child_BxWxC < trie.child_start_M1[node_BxW + 1][..., None]
-    child_BxWxC = jnp.where(is_child_BxWxC, child_BxWxC, 0)
-    is_open_BxWxC = is_child_BxWxC & ~_all_excluded(excluded_BxX, trie.first_M[child_BxWxC], trie.last_M[child_BxWxC])
-    step_BxWxC = jnp.take_along_axis(logps_BxWxV, trie.token_M[child_BxWxC], axis=2)
-    child_score_BxWxC = jnp.where(is_open_BxWxC, score_BxW[..., None] + step_BxWxC, -jnp.inf)
-
-    batch, parents, _ = child_BxWxC.shape
+    batch, parents, slots = child_BxWxC.shape
     missing = max(0, width + 1 - parents * slots)
     flat_scores = jnp.pad(child_score_BxWxC.reshape(batch, -1), ((0, 0), (0, missing)), constant_values=-jnp.inf)
     flat_children = jnp.pad(child_BxWxC.reshape(batch, -1), ((0, 0), (0, missing)))
@@ -127,7 +118,30 @@ def _advance(
     return search, jnp.minimum(place_BxW // slots, parents - 1)
 
 
-def _merge(items_Bxk, scores_Bxk, item_BxW, score_BxW):
+def endings(trie: Trie, excluded_BxX: jax.Array, node_BxW, score_BxW, logps_BxWxV) -> tuple[jax.Array, jax.Array]:
+    """The items whose titles end at these prefixes, -1 for none, and their log-probs, -inf for none: both [B, W]."""
+    title_BxW = trie.first_M[node_BxW]
+    ends_BxW = (trie.item_M[node_BxW] >= 0) & ~_all_excluded(excluded_BxX, title_BxW, title_BxW + 1)
+    ended_BxW = jnp.where(ends_BxW, score_BxW + logps_BxWxV[..., trie.eos], -jnp.inf)
+    return jnp.where(ended_BxW > -jnp.inf, trie.item_M[node_BxW], -1), ended_BxW
+
+
+def children(
+    trie: Trie, excluded_BxX: jax.Array, branching: int, node_BxW, score_BxW, logps_BxWxV
+) -> tuple[jax.Array, jax.Array]:
+    """The nodes one token longer and their log-probs, -inf where a slot is unused or all titles below are excluded.
+
+    Both [B, W, C], where C is `branching`, no less than the children of any of these nodes (but at least 1).
+    """
+    child_BxWxC = trie.child_start_M1[node_BxW][..., None] + jnp.arange(max(1, branching), dtype=jnp.int32)[None, None]
+    is_child_BxWxC = child_BxWxC < trie.child_start_M1[node_BxW + 1][..., None]
+    child_BxWxC = jnp.where(is_child_BxWxC, child_BxWxC, 0)
+    is_open_BxWxC = is_child_BxWxC & ~_all_excluded(excluded_BxX, trie.first_M[child_BxWxC], trie.last_M[child_BxWxC])
+    step_BxWxC = jnp.take_along_axis(logps_BxWxV, trie.token_M[child_BxWxC], axis=2)
+    return child_BxWxC, jnp.where(is_open_BxWxC, score_BxW[..., None] + step_BxWxC, -jnp.inf)
+
+
+def merge(items_Bxk, scores_Bxk, item_BxW, score_BxW) -> tuple[jax.Array, jax.Array]:
     """The k best of both, by falling score, then by item."""
     k = items_Bxk.shape[1]
     scores = jnp.concatenate([scores_Bxk, score_BxW], axis=1)
@@ -136,7 +150,7 @@ def _merge(items_Bxk, scores_Bxk, item_BxW, score_BxW):
     return items[:, :k], -falling[:, :k]
 
 
-def _excluded_ranks(trie: Trie, excluded_BxX: jax.Array) -> jax.Array:
+def excluded_ranks(trie: Trie, excluded_BxX: jax.Array) -> jax.Array:
     """The distinct title ranks of the excluded items; -1 for padding and repetitions."""
     rank_BxX = jnp.sort(jnp.where(excluded_BxX >= 0, trie.rank_I[excluded_BxX], -1), axis=1)
     repeats_BxX = jnp.pad(rank_BxX[:, 1:] == rank_BxX[:, :-1], ((0, 0), (1, 0)))[:, : rank_BxX.shape[1]]

@@ -12,6 +12,7 @@ from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.data.examples import TitleTable
 from rosepo_jax.data.prompts import pad
 from rosepo_jax.decoding.beam import beam_search
+from rosepo_jax.decoding.best_first import best_first
 from rosepo_jax.decoding.greedy import greedy
 from rosepo_jax.decoding.trie import compile_trie
 from rosepo_jax.preference.logprobs import response_logps
@@ -56,11 +57,15 @@ def item_scores(
 
 
 class Top(NamedTuple):
-    """The k best catalogue items of each row: items [E, k] (-1: none), scores [E, k], certified [E]."""
+    """The k best catalogue items of each row: items [E, k] (-1: none), scores [E, k], certified [E].
+
+    completed [E]: the rows among the certified that the beam had left open.
+    """
 
     items: np.ndarray
     scores: np.ndarray
     certified: np.ndarray
+    completed: np.ndarray
 
 
 def catalogue_top(
@@ -74,22 +79,40 @@ def catalogue_top(
     k: int,
     batch_size: int,
     excluded_ExX: np.ndarray | None = None,
+    budget: int = 0,
 ) -> Top:
-    """The best titles of the whole catalogue for each row, by trie-constrained beam search."""
+    """The best titles of the whole catalogue for each row, by trie-constrained beam search.
+
+    Rows whose beams prove nothing are searched on, best prefix first, up to `budget` prefixes each; 0 leaves them.
+    """
     sharding.check_batch(policy.mesh, "batch_size", batch_size)
     trie = jax.device_put(compile_trie(titles.ids, policy.encoder.eos), sharding.replicated(policy.mesh))
-    found = Top(
-        np.full((len(rows), k), -1, np.int32), np.full((len(rows), k), -np.inf, np.float32), np.zeros(len(rows), bool)
+    top = Top(
+        np.full((len(rows), k), -1, np.int32),
+        np.full((len(rows), k), -np.inf, np.float32),
+        np.zeros(len(rows), bool),
+        np.zeros(len(rows), bool),
     )
-    for block, real in batches.blocks(len(rows), batch_size):
-        batch = prompt_batch(policy, catalogue, rows, block)
-        if excluded_ExX is not None:
-            batch["excluded_BxX"] = excluded_ExX[block]
-        on_device = sharding.to_device(policy.mesh, batch)
-        result = beam_search(policy.lm, params, trie, beams=beams, k=k, **on_device)
-        for kept, value in zip(found, result):
-            kept[block[real]] = sharding.to_host(value)[real]
-    return found
+
+    def search(index_E: np.ndarray, find, **known: np.ndarray) -> None:
+        for block, real in batches.blocks(len(index_E), batch_size):
+            index = index_E[block]
+            batch = prompt_batch(policy, catalogue, rows, index) | {name: x[index] for name, x in known.items()}
+            if excluded_ExX is not None:
+                batch["excluded_BxX"] = excluded_ExX[index]
+            result = find(policy.lm, params, trie, **sharding.to_device(policy.mesh, batch))
+            for kept, value in zip(top, result):
+                kept[index[real]] = sharding.to_host(value)[real]
+
+    search(np.arange(len(rows)), functools.partial(beam_search, beams=beams, k=k))
+    is_open_E = ~top.certified
+    if budget:
+        # The lower the k-th result, the longer the search: rows of a batch should take equally long.
+        index_E = np.flatnonzero(is_open_E)
+        index_E = index_E[np.argsort(-top.scores[index_E, -1], kind="stable")]
+        complete = functools.partial(best_first, lines=beams, budget=budget)
+        search(index_E, complete, items_Bxk=top.items, scores_Bxk=top.scores)
+    return top._replace(completed=is_open_E & top.certified)
 
 
 def greedy_texts(

@@ -13,7 +13,7 @@ class Trie:
     """The prefixes of all titles as nodes. Ending a title takes its EOS edge, which costs log p(EOS) like any other.
 
     Nodes are numbered breadth first and, within a depth, in the order of their tokens: the children of node n are the
-    nodes `child_start[n] .. child_start[n + 1] - 1`, no edge list is needed, and memory is O(total title tokens).
+    nodes `child_start[n] .. child_start[n + 1] - 1`, and memory is O(total title tokens).
     Distinct titles are ranked in the order of their tokens: the titles below node n are the ranks `first[n]` to
     `last[n] - 1`, and a title that ends at n has rank `first[n]`. Items with equal tokens share a rank; the lowest of
     them stands for all.
@@ -26,6 +26,7 @@ class Trie:
     """
 
     child_start_M1: np.ndarray
+    parent_M: np.ndarray  # 0 for the root too
     token_M: np.ndarray
     item_M: np.ndarray  # the item whose title ends here, -1 for none
     first_M: np.ndarray
@@ -44,7 +45,7 @@ class Trie:
 
 jax.tree_util.register_dataclass(
     Trie,
-    data_fields=["child_start_M1", "token_M", "item_M", "first_M", "last_M", "rank_I"],
+    data_fields=["child_start_M1", "parent_M", "token_M", "item_M", "first_M", "last_M", "rank_I"],
     meta_fields=["eos", "branching"],
 )
 
@@ -94,6 +95,7 @@ def compile_trie(titles: Sequence[Sequence[int]], eos: int) -> Trie:
     np.maximum.at(widest, column, np.diff(child_start_M1)[parent])
     return Trie(
         child_start_M1=child_start_M1.astype(np.int32),
+        parent_M=np.append(0, parent).astype(np.int32),
         token_M=np.append(eos, title_RxT[row, column]).astype(np.int32),
         item_M=item_M.astype(np.int32),
         first_M=first_M.astype(np.int32),

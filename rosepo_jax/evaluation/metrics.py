@@ -1,17 +1,21 @@
 """What is measured, one number per row wherever the metric is a mean over rows. Plain numpy.
 
-Lists are item indices, best first; -1 is an answer that is no item of the catalogue (or no answer). Two items with
-equal normalised titles are the same answer: pass `Catalogue.title_group_I`. NaN marks a row to which a metric does not
-apply; `summary` leaves it out, and "n" counts the rest.
+Lists are item indices, best first; NOT_AN_ITEM (-1) is an answer that is no item of the catalogue, NO_ANSWER (-2) a
+place after the list's end. Two items with equal normalised titles are the same answer: pass `Catalogue.title_group_I`.
+NaN marks a row to which a metric does not apply; `summary` leaves it out, and "n" counts the rest. So a list without
+answers is a miss to the ranking metrics, which count every row, and NaN to those that ask what the answers are like:
+silence improves nothing.
+
+No number depends on which other rows are measured with a row, nor on their order.
 """
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from rosepo_jax import seeds
 from rosepo_jax.evaluation import significance
+from rosepo_jax.evaluation.answers import NOT_AN_ITEM
 
 TIES = seeds.key("ties")
 BLOCK = 64  # rows whose similarities to the whole catalogue are held at a time
@@ -40,47 +44,63 @@ def target_rank(ranked_ExK: np.ndarray, target_E: np.ndarray, title_group_I: np.
 
 
 def _titles(item: np.ndarray, title_group_I: np.ndarray) -> np.ndarray:
-    return np.where(item >= 0, title_group_I[item], -1)
+    return np.where(item >= 0, title_group_I[np.maximum(item, 0)], NOT_AN_ITEM)
 
 
 def hit_ratio(rank_E: np.ndarray, k: int) -> np.ndarray:
-    """HR@k = 1[rank <= k]."""
+    """HR@k = 1[rank <= k]; with one relevant item it is Recall@k too."""
     return (rank_E <= k).astype(np.float64)
 
 
 def ndcg(rank_E: np.ndarray, k: int) -> np.ndarray:
-    """NDCG@k = 1[rank <= k] / log2(1 + rank): one relevant item, so the ideal gain is 1."""
+    """NDCG@k = 1[rank <= k] / log2(1 + rank): one relevant item, so the ideal gain is 1.
+
+    Source:    Järvelin & Kekäläinen, TOIS 20 (2002).
+    """
     return np.where(rank_E <= k, 1 / np.log2(1 + rank_E), 0.0)
 
 
 def reciprocal_rank(rank_E: np.ndarray) -> np.ndarray:
-    """1 / rank, 0 when the target is not in the list; its mean is MRR."""
+    """1 / rank, 0 when the target is not in the list that is there; its mean is MRR (Voorhees, TREC-8, 1999)."""
     return 1 / rank_E
 
 
-# Format: what is wrong with a list whatever the target. Shares of the list's answers (-1 included)
+def on_cold(value_E: np.ndarray, target_E: np.ndarray, count_I: np.ndarray) -> np.ndarray:
+    """A metric on cold rows, those whose target never occurs in training (count 0); NaN on the others."""
+    return np.where(np.asarray(count_I)[target_E] == 0, value_E, np.nan)
+
+
+# Format: what is wrong with a list whatever the target. Shares of the list's answers, NOT_AN_ITEM included
 
 
 def not_in_catalogue(ranked_ExK: np.ndarray) -> np.ndarray:
     """Share of the answers that are no item (RecLM-gen's NonExistRate, arXiv 2403.05063)."""
-    return (ranked_ExK < 0).mean(axis=1)
+    return _share_of_answers(ranked_ExK == NOT_AN_ITEM, ranked_ExK)
 
 
 def history_copy(ranked_ExK: np.ndarray, history_ExN: np.ndarray, title_group_I: np.ndarray) -> np.ndarray:
-    """Share of the answers whose title stands in the history (InHistoryRate)."""
-    return _among(ranked_ExK, history_ExN, title_group_I).mean(axis=1)
+    """Share of the answers whose title stands in the history (InHistoryRate of arXiv 2403.05063)."""
+    return _share_of_answers(_among(ranked_ExK, history_ExN, title_group_I), ranked_ExK)
 
 
 def duplicate(ranked_ExK: np.ndarray, title_group_I: np.ndarray) -> np.ndarray:
-    """Share of the answers whose title stands earlier in the same list (RepeatRate)."""
-    title_ExK = _titles(ranked_ExK, title_group_I)
-    same_ExKxK = (title_ExK[:, :, None] == title_ExK[:, None, :]) & (title_ExK >= 0)[:, :, None]
-    return np.tril(same_ExKxK, -1).any(axis=2).mean(axis=1)
+    """Share of the answers whose title stands earlier in the same list (RepeatRate of arXiv 2403.05063)."""
+    return _share_of_answers(_repeated(_titles(ranked_ExK, title_group_I)), ranked_ExK)
 
 
 def valid(ranked_ExK: np.ndarray, candidates_ExC: np.ndarray, title_group_I: np.ndarray) -> np.ndarray:
-    """1[the first answer has a candidate's title]; its mean is the literature's valid ratio."""
+    """1[the first answer has a candidate's title], 0 without an answer; its mean is the literature's valid ratio."""
     return _among(ranked_ExK[:, :1], candidates_ExC, title_group_I)[:, 0].astype(np.float64)
+
+
+def _share_of_answers(flag_ExK: np.ndarray, ranked_ExK: np.ndarray) -> np.ndarray:
+    """NaN for a list without answers: neither a share of 0, which would praise it, nor a fault that it has not."""
+    return _ratio(flag_ExK.sum(axis=1), (ranked_ExK >= NOT_AN_ITEM).sum(axis=1))
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):
+        return part / whole
 
 
 def _among(item_ExK: np.ndarray, set_ExM: np.ndarray, title_group_I: np.ndarray) -> np.ndarray:
@@ -88,11 +108,16 @@ def _among(item_ExK: np.ndarray, set_ExM: np.ndarray, title_group_I: np.ndarray)
     return (title_ExK >= 0) & (title_ExK[:, :, None] == title_ExM[:, None, :]).any(axis=2)
 
 
-# Popularity
+def _repeated(title_ExK: np.ndarray) -> np.ndarray:
+    same_ExKxK = (title_ExK[:, :, None] == title_ExK[:, None, :]) & (title_ExK >= 0)[:, :, None]
+    return np.tril(same_ExKxK, -1).any(axis=2)
+
+
+# Popularity. Means over the items of a list, NaN for a list without items
 
 
 def average_popularity(ranked_ExK: np.ndarray, count_I: np.ndarray) -> np.ndarray:
-    """ARP: mean train count of the listed items (Yin et al., VLDB 2012); NaN for a list without items."""
+    """ARP: mean train count of the listed items (Yin et al., VLDB 2012, arXiv 1205.6700)."""
     return _mean_over_items(np.asarray(count_I, np.float64), ranked_ExK)
 
 
@@ -102,10 +127,29 @@ def popularity_lift(ranked_ExK: np.ndarray, target_E: np.ndarray, count_I: np.nd
     return _mean_over_items(level_I, ranked_ExK) - level_I[target_E]
 
 
+def long_tail(ranked_ExK: np.ndarray, count_I: np.ndarray) -> np.ndarray:
+    """APLT: share of the listed items outside the most popular fifth of the catalogue by train count.
+
+    Source:    Abdollahpouri et al., FLAIRS 2019 (arXiv 1901.07555); the threshold, `popularity_groups`' last, is ours.
+    """
+    return _mean_over_items(1 - popularity_groups(count_I)[:, -1], ranked_ExK)
+
+
+def novelty(ranked_ExK: np.ndarray, count_I: np.ndarray) -> np.ndarray:
+    """Mean self-information of the listed items, in bits.
+
+    Formula:   mean over the list of -log2(count / sum of all counts), where a count of 0 is taken as 1: an item never
+               seen is as novel as one seen once.
+    Source:    Zhou et al., PNAS 107 (2010), with the share of interactions for the share of users, as in Castells,
+               Hurley & Vargas, Recommender Systems Handbook (2015).
+    """
+    count_I = np.asarray(count_I, np.float64)
+    return _mean_over_items(np.log2(max(count_I.sum(), 1.0)) - np.log2(np.maximum(count_I, 1)), ranked_ExK)
+
+
 def _mean_over_items(value_I: np.ndarray, ranked_ExK: np.ndarray) -> np.ndarray:
     item_ExK = ranked_ExK >= 0
-    with np.errstate(invalid="ignore"):
-        return np.where(item_ExK, value_I[ranked_ExK], 0.0).sum(axis=1) / item_ExK.sum(axis=1)
+    return _ratio(np.where(item_ExK, value_I[np.maximum(ranked_ExK, 0)], 0.0).sum(axis=1), item_ExK.sum(axis=1))
 
 
 def list_counts(ranked_ExK: np.ndarray, items: int) -> np.ndarray:
@@ -114,7 +158,10 @@ def list_counts(ranked_ExK: np.ndarray, items: int) -> np.ndarray:
 
 
 def coverage(ranked_ExK: np.ndarray, items: int) -> float:
-    """Share of the catalogue that stands in at least one list."""
+    """Share of the catalogue that stands in at least one list (Ge et al., RecSys 2010).
+
+    It grows with the number of rows: compare it on the same rows only.
+    """
     return float((list_counts(ranked_ExK, items) > 0).mean())
 
 
@@ -143,14 +190,15 @@ def popularity_groups(count_I: np.ndarray, groups: int = 5) -> np.ndarray:
 def named_groups(groups: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], np.ndarray]:
     """(names, member_IxG) of labels such as genres; an item with several labels counts in each."""
     names = tuple(sorted({name for row in groups for name in row}))
-    return names, np.array([[name in row for name in names] for row in groups], np.float64).reshape(-1, len(names))
+    member = np.array([[name in row for name in names] for row in groups], np.float64)
+    return names, member.reshape(len(groups), len(names))
 
 
 def group_counts(item_ExN: np.ndarray, member_IxG: np.ndarray) -> np.ndarray:
-    """count_ExG: memberships of the row's items in each group, -1 ignored."""
+    """count_ExG: memberships of the row's items in each group; what is no item is ignored."""
     count_ExG = np.zeros((len(item_ExN), member_IxG.shape[1]))
     for item_E in item_ExN.T:
-        count_ExG += np.where(item_E >= 0, 1.0, 0.0)[:, None] * member_IxG[item_E]
+        count_ExG += (item_E >= 0)[:, None] * member_IxG[np.maximum(item_E, 0)]
     return count_ExG
 
 
@@ -163,42 +211,107 @@ def group_unfairness(history_count_G: np.ndarray, list_count_G: np.ndarray) -> t
     Shapes:    [..., G] counts summed over rows; returns [...] each.
     Source:    arXiv 2402.15215, equations of MGU@K and DGU@K.
     """
-    history_count_G, list_count_G = np.asarray(history_count_G), np.asarray(list_count_G)
-    with np.errstate(invalid="ignore"):
-        GU = list_count_G / list_count_G.sum(-1, keepdims=True) - history_count_G / history_count_G.sum(
-            -1, keepdims=True
-        )
+    list_share_G, history_share_G = (
+        _ratio(count_G, count_G.sum(-1, keepdims=True)) for count_G in map(np.asarray, (list_count_G, history_count_G))
+    )
+    GU = list_share_G - history_share_G
     return np.abs(GU).mean(-1), GU.max(-1) - GU.min(-1)
+
+
+# Meaning, by vectors of the titles
+
+
+def intra_list_diversity(ranked_ExK: np.ndarray, embedding_IxD: np.ndarray, title_group_I: np.ndarray) -> np.ndarray:
+    """Mean of 1 - cosine over the pairs of items with different titles in the list; NaN for fewer than two.
+
+    Source:    Smyth & McClave, ICCBR 2001; Ziegler et al., WWW 2005 (intra-list similarity).
+    """
+    unit_IxD, title_ExK = _unit(embedding_IxD), _titles(ranked_ExK, title_group_I)
+    counts_ExK = (title_ExK >= 0) & ~_repeated(title_ExK)
+    distance = []
+    for start in range(0, len(ranked_ExK), BLOCK):
+        counts_BxK = counts_ExK[start : start + BLOCK]
+        vector_BxKxD = unit_IxD[np.maximum(ranked_ExK[start : start + BLOCK], 0)]
+        pair_BxKxK = np.triu(counts_BxK[:, :, None] & counts_BxK[:, None, :], 1)
+        distance_BxKxK = 1 - vector_BxKxD @ vector_BxKxD.swapaxes(1, 2)
+        distance.append(_ratio((distance_BxKxK * pair_BxKxK).sum(axis=(1, 2)), pair_BxKxK.sum(axis=(1, 2))))
+    return np.concatenate(distance)
+
+
+def _unit(embedding_IxD: np.ndarray) -> np.ndarray:
+    """Unit vectors in multiples of 2^-24, float64: the products of two add up without rounding, so a cosine depends on
+    no order of summation, equal titles tie, and the result is the same with any number of rows or threads."""
+    embedding_IxD = np.asarray(embedding_IxD, np.float64)
+    norm_Ix1 = np.maximum(np.linalg.norm(embedding_IxD, axis=1, keepdims=True), 1e-12)
+    return np.round(embedding_IxD / norm_Ix1 * 2.0**24) / 2.0**24
 
 
 # Semantic error (our own metric): a wrong answer that only looks like the history
 
 
-def semantic_neighbours(history_ExN: np.ndarray, embedding_IxD: np.ndarray, k: int) -> np.ndarray:
-    """neighbour_ExK: the k items outside the history with the largest max-cosine to a history item, ties by hash."""
-    unit_IxD = embedding_IxD / np.maximum(np.linalg.norm(embedding_IxD, axis=1, keepdims=True), 1e-12)
+def semantic_neighbours(
+    history_ExN: np.ndarray, embedding_IxD: np.ndarray, k: int, title_group_I: np.ndarray
+) -> np.ndarray:
+    """neighbour_ExM: the k items with the largest max-cosine to a history item, ties by hash; -1 where there are fewer.
+
+    Items whose title stands in the history are no neighbours: `history_copy` counts those. M = min(k, I).
+    """
+    unit_IxD = _unit(embedding_IxD)
+    items = len(unit_IxD)
+    lucky_I = np.argsort(seeds.uniform(TIES, np.arange(items)))  # in this order argmax takes the right one of equals
     neighbours = []
     for history_BxN in np.split(history_ExN, range(BLOCK, len(history_ExN), BLOCK)):
-        cosine_BxNxI = unit_IxD[history_BxN] @ unit_IxD.T
-        score_BxI = np.where(history_BxN[:, :, None] >= 0, cosine_BxNxI, -np.inf).max(axis=1)
+        seen_S, slot_BxN = np.unique(history_BxN, return_inverse=True)
+        cosine_SxI = np.where(seen_S[:, None] >= 0, unit_IxD[seen_S] @ unit_IxD[lucky_I].T, -np.inf)
+        slot_BxN = slot_BxN.reshape(history_BxN.shape)
+        score_BxI = cosine_SxI[slot_BxN[:, 0]]
+        for slot_B in slot_BxN.T[1:]:
+            np.maximum(score_BxI, cosine_SxI[slot_B], out=score_BxI)
+        rows_B = np.arange(len(history_BxN))
+        known_BxI = np.zeros(score_BxI.shape, bool)  # by title group
         row, slot = np.nonzero(history_BxN >= 0)
-        score_BxI[row, history_BxN[row, slot]] = -np.inf
-        neighbours.append(ranking(score_BxI, np.arange(len(unit_IxD)), k))
+        known_BxI[row, title_group_I[history_BxN[row, slot]]] = True
+        score_BxI[known_BxI[:, title_group_I[lucky_I]]] = -np.inf
+        neighbour_BxM = np.full((len(history_BxN), min(k, items)), NOT_AN_ITEM)
+        for place in range(min(k, items)):
+            best_B = score_BxI.argmax(axis=1)
+            neighbour_BxM[:, place] = np.where(np.isneginf(score_BxI[rows_B, best_B]), NOT_AN_ITEM, lucky_I[best_B])
+            score_BxI[rows_B, best_B] = -np.inf
+        neighbours.append(neighbour_BxM)
     return np.concatenate(neighbours)
 
 
 def semantic_error(
     item_ExK: np.ndarray, target_E: np.ndarray, neighbour_ExM: np.ndarray, title_group_I: np.ndarray
 ) -> np.ndarray:
-    """Share of the items that are wrong and among the history's nearest neighbours.
+    """Share of the answers that are wrong and among the history's nearest neighbours, by title.
 
     On `ranked_ExK[:, :1]` it is 1[top-1 wrong and a neighbour], whose mean is the semantic error rate; on
-    `candidates_ExC` it is what a random candidate would get. A copy of a history item is no neighbour:
-    `history_copy` counts it.
+    `candidates_ExC` it is what a random candidate would get.
     """
     wrong_ExK = _titles(item_ExK, title_group_I) != title_group_I[target_E][:, None]
-    near_ExK = (item_ExK[:, :, None] == neighbour_ExM[:, None, :]).any(axis=2)
-    return (wrong_ExK & near_ExK).mean(axis=1)
+    return _share_of_answers(wrong_ExK & _among(item_ExK, neighbour_ExM, title_group_I), item_ExK)
+
+
+def random_semantic_error(
+    target_E: np.ndarray, neighbour_ExM: np.ndarray, history_ExN: np.ndarray, title_group_I: np.ndarray
+) -> np.ndarray:
+    """`semantic_error` of an item drawn uniformly from the catalogue without the history's titles: its expectation.
+
+    Formula:   (items with the title of a neighbour, but not the target's) / (items with no title of the history)
+    """
+    title_ExM = _titles(neighbour_ExM, title_group_I)
+    wrong_ExM = np.where(title_ExM == title_group_I[target_E][:, None], NOT_AN_ITEM, title_ExM)
+    known_E = _items_titled(_titles(history_ExN, title_group_I), title_group_I)
+    return _ratio(_items_titled(wrong_ExM, title_group_I), len(title_group_I) - known_E)
+
+
+def _items_titled(title_ExN: np.ndarray, title_group_I: np.ndarray) -> np.ndarray:
+    """How many items of the catalogue have one of the row's titles."""
+    title_ExN = np.sort(title_ExN, axis=1)
+    distinct_ExN = np.diff(title_ExN, axis=1, prepend=NOT_AN_ITEM) != 0
+    items_I = np.bincount(title_group_I, minlength=len(title_group_I))
+    return (distinct_ExN * items_I[np.maximum(title_ExN, 0)]).sum(axis=1)
 
 
 # True preferences, known in the embedded world only
@@ -225,11 +338,11 @@ def true_pair_accuracy(score_ExC: np.ndarray, utility_ExC: np.ndarray) -> np.nda
     first, second = np.triu_indices(score_ExC.shape[1], 1)
     score_ExP = np.sign(score_ExC[:, first] - score_ExC[:, second])
     utility_ExP = np.sign(utility_ExC[:, first] - utility_ExC[:, second])
-    with np.errstate(invalid="ignore"):
-        return ((1 + score_ExP * utility_ExP) / 2 * (utility_ExP != 0)).sum(axis=1) / (utility_ExP != 0).sum(axis=1)
+    right_ExP = (1 + score_ExP * utility_ExP) / 2 * (utility_ExP != 0)
+    return _ratio(right_ExP.sum(axis=1), (utility_ExP != 0).sum(axis=1))
 
 
-# Epsilon against the true label flips
+# Calibration, and epsilon against the true label flips
 
 
 def auc(score_E: np.ndarray, positive_E: np.ndarray) -> float | None:
@@ -246,12 +359,24 @@ def brier(probability_E: np.ndarray, outcome_E: np.ndarray) -> np.ndarray:
     return np.square(np.asarray(probability_E, np.float64) - outcome_E)
 
 
+def confidence(score_ExC: np.ndarray, item_ExC: np.ndarray, title_group_I: np.ndarray) -> np.ndarray:
+    """Probability of the first candidate: the largest of the softmax over the log-probs of the list's titles.
+
+    A title that stands twice in a list is one answer, and counts once.
+    """
+    score_ExC = np.where(_repeated(_titles(item_ExC, title_group_I)), -np.inf, score_ExC)
+    return 1 / np.exp(score_ExC - score_ExC.max(axis=1, keepdims=True)).sum(axis=1)
+
+
 def calibration_error(probability_E: np.ndarray, outcome_E: np.ndarray, bins: int = 10) -> float:
-    """ECE over bins of equal width: sum over bins of (n_b / n) |mean outcome - mean probability|."""
+    """ECE over bins of equal width: sum over bins of (n_b / n) |mean outcome - mean probability|.
+
+    Source:    Naeini et al., AAAI 2015; Guo et al., ICML 2017 (arXiv 1706.04599).
+    """
     probability_E = np.asarray(probability_E, np.float64)
     bin_E = np.minimum((probability_E * bins).astype(np.int64), bins - 1)
-    gap = np.bincount(bin_E, np.asarray(outcome_E, np.float64) - probability_E, minlength=bins)
-    return float(np.abs(gap).sum() / len(probability_E))
+    gaps = significance.user_sums(np.asarray(outcome_E, np.float64) - probability_E, bin_E)
+    return float(np.abs(gaps).sum() / len(probability_E))
 
 
 def epsilon_quality(epsilon_E: np.ndarray, flipped_E: np.ndarray) -> dict[str, float | None]:
@@ -263,106 +388,3 @@ def epsilon_quality(epsilon_E: np.ndarray, flipped_E: np.ndarray) -> dict[str, f
         "mean": float(np.mean(epsilon_E)),
         "flipped": float(np.mean(flipped_E)),
     }
-
-
-# Summaries
-
-
-def by_row(
-    ranked_ExK: np.ndarray,
-    target_E: np.ndarray,
-    history_ExN: np.ndarray,
-    candidates_ExC: np.ndarray,
-    title_group_I: np.ndarray,
-    count_I: np.ndarray,
-    neighbour_ExM: np.ndarray,
-) -> dict[str, np.ndarray]:
-    """Every row metric of `results.json` under its name there."""
-    rank_E = target_rank(ranked_ExK, target_E, title_group_I)
-    valid_E = valid(ranked_ExK, candidates_ExC, title_group_I)
-    return {
-        "HR@1": hit_ratio(rank_E, 1),
-        "HR@5": hit_ratio(rank_E, 5),
-        "NDCG@5": ndcg(rank_E, 5),
-        "MRR": reciprocal_rank(rank_E),
-        "valid_ratio": valid_E,
-        "HR@1_of_valid": np.where(valid_E > 0, hit_ratio(rank_E, 1), np.nan),
-        "popularity_lift": popularity_lift(ranked_ExK[:, :5], target_E, count_I),
-        "ARP": average_popularity(ranked_ExK[:, :5], count_I),
-        "semantic_error_rate": semantic_error(ranked_ExK[:, :1], target_E, neighbour_ExM, title_group_I),
-        "not_in_catalogue": not_in_catalogue(ranked_ExK[:, :5]),
-        "history_copy": history_copy(ranked_ExK[:, :5], history_ExN, title_group_I),
-        "duplicate": duplicate(ranked_ExK[:, :5], title_group_I),
-    }
-
-
-def over_rows(
-    ranked_ExK: np.ndarray,
-    history_ExN: np.ndarray,
-    user_E: np.ndarray,
-    member_IxG: np.ndarray,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> dict[str, dict]:
-    """The metrics that are no mean over rows, of the top 5: gini, coverage (no interval), MGU, DGU (bootstrap)."""
-    items = len(member_IxG)
-    ranked_ExK = ranked_ExK[:, :5]
-    counts = np.concatenate([group_counts(history_ExN, member_IxG), group_counts(ranked_ExK, member_IxG)], axis=1)
-    n = len(ranked_ExK)
-    found: dict[str, dict] = {
-        "gini": {"value": gini(list_counts(ranked_ExK, items)), "ci95": None, "n": n},
-        "coverage": {"value": coverage(ranked_ExK, items), "ci95": None, "n": n},
-    }
-    for place, name in enumerate(("MGU", "DGU")):
-        value = float(_unfairness(counts.sum(axis=0), place))
-        defined = not np.isnan(value)
-        interval = significance.bootstrap(counts, user_E, functools.partial(_unfairness, place=place), resamples, seed)
-        found[name] = {"value": value if defined else None, "ci95": list(interval) if defined else None, "n": n}
-    return found
-
-
-def _unfairness(count_x2G: np.ndarray, place: int) -> np.ndarray:
-    return group_unfairness(*np.split(count_x2G, 2, axis=-1))[place]
-
-
-def cell(value_E: np.ndarray, user_E: np.ndarray, resamples: int = 2000, seed: int = 0) -> dict:
-    """{"value", "ci95", "n"[, "hits"]} of one metric; "hits" when every value is 0 or 1.
-
-    The interval is Wilson's for 0/1 values of distinct users, else the bootstrap over users.
-    """
-    kept = ~np.isnan(value_E)
-    value_E, user_E = np.sort(value_E[kept]), np.asarray(user_E)[kept][np.argsort(value_E[kept], kind="stable")]
-    n = len(value_E)
-    if not n:
-        return {"value": None, "ci95": None, "n": 0}
-    found = {"value": float(value_E.mean()), "n": n}
-    binary = bool(np.isin(value_E, (0, 1)).all())
-    if binary and len(np.unique(user_E)) == n:
-        interval = significance.wilson(int(value_E.sum()), n)
-    else:
-        interval = significance.mean_interval(value_E, user_E, resamples, seed)
-    return found | {"ci95": list(interval)} | ({"hits": int(value_E.sum())} if binary else {})
-
-
-def summary(value_E: Mapping[str, np.ndarray], user_E: np.ndarray, resamples: int = 2000, seed: int = 0) -> dict:
-    """The object M of `results.json` from row metrics, e.g. those of `by_row`."""
-    return {name: cell(np.asarray(value, np.float64), user_E, resamples, seed) for name, value in value_E.items()}
-
-
-def by_decile(
-    value_E: np.ndarray, target_E: np.ndarray, count_I: np.ndarray, user_E: np.ndarray, resamples: int = 2000
-) -> list[dict]:
-    """A metric by the popularity of the target: ten bins of about equally many rows, 1 = least popular targets.
-
-    Rows whose targets have the same train count share a bin, so a bin may be empty ("value" None). Each bin is a `cell`
-    with "decile" and the "counts" [lowest, highest] of its targets.
-    """
-    count_E = np.asarray(count_I)[target_E]
-    middle_E = (np.searchsorted(s := np.sort(count_E), count_E, "left") + np.searchsorted(s, count_E, "right")) / 2
-    bin_E = np.minimum((10 * middle_E / max(len(count_E), 1)).astype(np.int64), 9)
-    bins = []
-    for decile in range(10):
-        here = bin_E == decile
-        counts = [int(count_E[here].min()), int(count_E[here].max())] if here.any() else None
-        bins.append({"decile": decile + 1, "counts": counts} | cell(value_E[here], user_E[here], resamples))
-    return bins

@@ -1,5 +1,10 @@
-"""Plots as inline SVG for the report: no fixed ink, so they read on light and dark paper; the same bytes every time."""
+"""Plots as inline SVG: no fixed ink, so they read on light and dark paper; the same bytes every time.
 
+Every function returns its panels one after the other, each an <svg> of its own: a page lays them out in as many columns
+as fit, and none shrinks below a readable size.
+"""
+
+import functools
 import io
 import math
 import re
@@ -15,7 +20,9 @@ OTHER = "#8a8f98"
 STYLE = {
     "svg.fonttype": "none",
     "font.size": 9,
-    "axes.titlesize": 10,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": INK,
@@ -47,6 +54,20 @@ UNITS = {
     "grad_norm": "global norm",
     "epsilon/mean": "mean ε",
 }
+SHOWS = {
+    "HR@1": "share of rows",
+    "NDCG@5": "mean over rows",
+    "popularity lift": "nats",
+    "semantic error rate": "share of rows",
+    "MGU": "gap of shares",
+    "DGU": "gap of shares",
+    "gini": "0: all alike, 1: always the same item",
+    "coverage": "share of the catalogue",
+}
+NARROW, WIDE = 3.4, 5.2  # inches
+ROW = 0.24  # inches a row of dots takes
+
+Cells = Mapping[str, Mapping[str, Any]]
 
 
 def finite(value: Any) -> bool:
@@ -61,82 +82,107 @@ def curves(rows: Sequence[Mapping[str, Any]], names: Sequence[str], description:
     groups = [group for group in groups if group] + [(name,) for name in names if name not in grouped]
     groups.sort(key=lambda group: FIRST.index(group[0]) if group[0] in FIRST else len(FIRST))
 
-    def paint(axes):
-        for axis, group in zip(axes, groups, strict=False):
-            for name in group:
-                points = [(row["step"], row[name]) for row in rows if finite(row.get(name))]
-                marker = "o" if len(points) <= 30 else None
-                axis.plot(*zip(*points, strict=True), marker=marker, markersize=2.5, linewidth=1.1, label=name)
-            axis.set(title=", ".join(group), xlabel="update step", ylabel=UNITS.get(group[0], group[0].split("/")[-1]))
-            if len(group) > 1:
-                axis.legend()
+    def paint(group, axis):
+        for name in group:
+            points = [(row["step"], row[name]) for row in rows if finite(row.get(name))]
+            marker = "o" if len(points) <= 30 else None
+            axis.plot(*zip(*points, strict=True), marker=marker, markersize=2.5, linewidth=1.1, label=name)
+        axis.set(title=", ".join(group), xlabel="update step", ylabel=UNITS.get(group[0], group[0].split("/")[-1]))
+        if len(group) > 1:
+            axis.legend()
 
-    return _draw(description, paint, panels=len(groups))
-
-
-def intervals(cells: Mapping[str, Mapping[str, Mapping[str, Any]]], labels: Mapping[str, str], description: str) -> str:
-    """One panel per metric of `cells[metric][model]`, one dot with its 95 % interval per model."""
-
-    def paint(axes):
-        for axis, (metric, column) in zip(axes, cells.items(), strict=False):
-            for place, (model, cell) in enumerate(column.items()):
-                axis.errorbar(cell["value"], place, xerr=_errors(cell), fmt="o", markersize=5, color=_colour(model))
-            axis.set_yticks(range(len(column)), [labels.get(model, model) for model in column])
-            axis.set(title=metric, xlabel=f"{metric}, 95 % interval", ylim=(len(column) - 0.5, -0.5))
-
-    return _draw(description, paint, panels=len(cells), columns=2, height=2.4)
+    return "".join(_draw(f"{description}: {', '.join(g)}", functools.partial(paint, g)) for g in groups)
 
 
-def bars(cells: Mapping[str, Mapping[str, Mapping[str, Any]]], labels: Mapping[str, str], description: str) -> str:
-    """One panel per metric of `cells[metric][model]`, one bar with its 95 % interval per model."""
+def intervals(
+    panels: Mapping[str, Cells], labels: Mapping[str, str], description: str, colours: Mapping[str, str] | None = None
+) -> str:
+    """One panel a metric of `panels[metric][row]`, one dot with its 95 % interval a row.
 
-    def paint(axes):
-        for axis, (metric, column) in zip(axes, cells.items(), strict=False):
-            for place, (model, cell) in enumerate(column.items()):
-                axis.bar(place, cell["value"], width=0.65, color=_colour(model), yerr=_errors(cell), ecolor=INK)
-            axis.set_xticks(range(len(column)), [labels.get(model, model) for model in column])
-            axis.set(title=metric, ylabel=metric)
-            axis.grid(False, axis="x")
-            axis.axhline(0, color=INK, linewidth=0.6)
+    A cell with "values" is a mean: its values are drawn as small dots beside it. `colours`: of rows that are no models.
+    """
+    places = {row: place for place, row in enumerate({row: None for column in panels.values() for row in column})}
 
-    return _draw(description, paint, panels=len(cells))
+    def paint(metric, column, axis):
+        for row, cell in column.items():
+            colour = _colour(row, colours)
+            for value in cell.get("values", ()):
+                axis.plot(value, places[row], ".", color=colour, markersize=4, alpha=0.7)
+            axis.errorbar(cell["value"], places[row], xerr=_errors(cell), fmt="o", markersize=5, color=colour)
+        axis.set_yticks(list(places.values()), [labels.get(row, row) for row in places])
+        axis.set(title=metric, xlabel=SHOWS.get(metric.partition(" (")[0], metric), ylim=(len(places) - 0.5, -0.5))
+        axis.grid(False, axis="y")
+
+    return "".join(
+        _draw(f"{description}: {metric}", functools.partial(paint, metric, column), WIDE, 1 + ROW * len(places))
+        for metric, column in panels.items()
+        if column
+    )
 
 
-def deciles(series: Mapping[str, Sequence[Mapping[str, Any]]], labels: Mapping[str, str], description: str) -> str:
-    """HR@1 over the ten popularity classes of the target."""
+def by_class(
+    series: Mapping[str, Sequence[Mapping[str, Any]]],
+    ticks: Sequence[str],
+    labels: Mapping[str, str],
+    title: str,
+    xlabel: str,
+) -> str:
+    """HR@1 over classes of rows, one line a model; intervals of SFT and the aligned model, which are compared."""
 
-    def paint(axes):
+    def paint(axis):
         for model, row in series.items():
-            points = [(place, cell["value"]) for place, cell in enumerate(row, 1) if finite(cell.get("value"))]
+            points = [(place, cell["value"]) for place, cell in enumerate(row) if finite(cell.get("value"))]
+            if not points:
+                continue
             style = "-" if model in COLOURS else (":" if model == "popularity" else "--")
-            label = labels.get(model, model)
-            axes[0].plot(*zip(*points, strict=True), ls=style, marker="o", color=_colour(model), label=label)
-        axes[0].set(title="HR@1 by popularity of the true item", ylabel="HR@1")
-        axes[0].set_xlabel("decile of its train count, 1 = least popular")
-        axes[0].set_xticks(range(1, 1 + max(len(row) for row in series.values())))
-        axes[0].set_ylim(bottom=0)
-        axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+            axis.plot(
+                *zip(*points, strict=True), ls=style, marker="o", markersize=3, linewidth=1.2, color=_colour(model),
+                label=labels.get(model, model),
+            )  # fmt: skip
+            for place, cell in enumerate(row):
+                if model in ("sft", "aligned") and finite(cell.get("value")):
+                    axis.errorbar(place, cell["value"], _errors(cell), color=_colour(model), linewidth=0.8)
+        axis.set(ylabel="HR@1 (share of rows)", xlabel=xlabel)
+        axis.set_xticks(range(len(ticks)), ticks)
+        axis.set_ylim(bottom=0)
+        axis.margins(x=0.04)
+        axis.figure.legend(loc="outside lower center", ncols=3, fontsize=8)
 
-    return _draw(description, paint, columns=1, height=3.2)
+    return _draw(title, paint, WIDE, 3.3)
 
 
 def epsilons(samples: Mapping[str, np.ndarray], description: str) -> str:
     """Histograms of the smoothing factors `samples[label]`, each as shares of its own sample."""
     edges = np.linspace(0.0, max(0.5, *(values.max() for values in samples.values())), 31)
 
-    def paint(axes):
+    def paint(axis):
         for (label, values), colour in zip(samples.items(), (COLOURS["sft"], COLOURS["aligned"]), strict=False):
             weights = np.full(len(values), 1 / len(values))
             label = f"{label} (n = {len(values):,})"
-            axes[0].hist(values, edges, weights=weights, color=colour, alpha=0.6, label=label)
-        axes[0].set(title="Smoothing factor of the stored pairs", xlabel="ε", ylabel="share of pairs")
-        axes[0].legend()
+            axis.hist(values, edges, weights=weights, color=colour, alpha=0.6, label=label)
+        axis.set(title="Smoothing factor of the stored pairs", xlabel="ε", ylabel="share of pairs")
+        axis.legend()
 
-    return _draw(description, paint, columns=1, height=2.8)
+    return _draw(description, paint, WIDE, 2.6)
 
 
-def _colour(model: str) -> str:
-    return COLOURS.get(model, OTHER)
+def slots(shares: Mapping[str, Sequence[float]], labels: Mapping[str, str], description: str) -> str:
+    """How often the first answer stood in each slot of the shown list, a panel a model; dashed: all alike."""
+
+    def paint(model, share, axis):
+        axis.bar(range(1, len(share) + 1), share, width=0.7, color=_colour(model))
+        axis.axhline(1 / len(share), color=INK, linewidth=0.8, ls="--")
+        axis.set(title=labels.get(model, model), xlabel="slot of the shown list", ylabel="share of first answers")
+        axis.grid(False, axis="x")
+
+    return "".join(
+        _draw(f"{description}: {labels.get(model, model)}", functools.partial(paint, model, share))
+        for model, share in shares.items()
+    )
+
+
+def _colour(row: str, colours: Mapping[str, str] | None = None) -> str:
+    return (colours or COLOURS).get(row, OTHER)
 
 
 def _errors(cell: Mapping[str, Any]) -> list[list[float]] | None:
@@ -146,25 +192,16 @@ def _errors(cell: Mapping[str, Any]) -> list[list[float]] | None:
     return [[max(cell["value"] - low, 0.0)], [max(high - cell["value"], 0.0)]]
 
 
-def _draw(
-    description: str, paint: Callable[[Any], None], *, panels: int = 1, columns: int = 3, height: float = 2.2
-) -> str:
+def _draw(description: str, paint: Callable[[Any], None], width: float = NARROW, height: float = 2.2) -> str:
     import matplotlib.style  # heavy, and only reports need it
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    columns = min(columns, panels)
-    rows = -(-panels // columns)
     with matplotlib.style.context(["default", {**STYLE, "svg.hashsalt": description}]):
-        size = ({1: 6.0, 2: 8.0}.get(columns, 9.5), height * rows)
-        figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.12))
-        axes = figure.subplots(rows, columns, squeeze=False).ravel()
-        for unused in axes[panels:]:
-            unused.set_axis_off()
-        paint(axes)
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axis = figure.subplots()
+        paint(axis)
         figure.patch.set_visible(False)
-        for axis in axes:
-            axis.patch.set_visible(False)
+        axis.patch.set_visible(False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return _inline(buffer.getvalue(), description)

@@ -1,65 +1,89 @@
-"""How models are asked: candidate lists, the whole catalogue, free text; and what their answers are worth.
+"""How models are asked: candidate lists, the whole catalogue, free text.
 
-`candidates`: exact log-probability of every title of the row's frozen list. `catalogue`: the best titles of the whole
-catalogue, by trie-constrained beam search with a certificate; items of the prompt's history are no answers, for any
-model.
-`generate`: free greedy text; an answer counts when its normalised first line equals a catalogue title.
+`candidates`: exact log-probability of every title of the row's frozen list. `windows`: the same for every step of the
+test users. `catalogue`: the best titles of the whole catalogue, by trie-constrained beam search with a certificate, and
+best-first search where that fails; items of the prompt's history are no answers, for any model.
+`generate`: free greedy text; an answer counts when its normalised first line equals a title.
 """
 
 import dataclasses
+import hashlib
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from rosepo_jax import files
-from rosepo_jax.data.catalogue import Catalogue, normalise
+from rosepo_jax import files, seeds
+from rosepo_jax.data import store
+from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.data.examples import TitleTable
 from rosepo_jax.data.pairs import Pairs
 from rosepo_jax.data.rows import Rows
 from rosepo_jax.decoding import rank
-from rosepo_jax.evaluation import baselines, metrics
+from rosepo_jax.errors import UserError
+from rosepo_jax.evaluation import baselines, matching, metrics, summary
+from rosepo_jax.evaluation.answers import NO_ANSWER, Answers
 from rosepo_jax.preference.oracle import Oracle
 from rosepo_jax.training.policy import Policy
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all models of one evaluation share."""
+    """What all models of one protocol share. `titles`: ids of the titles by the models' tokenizer."""
 
     config: ConfigDict
     catalogue: Catalogue
-    titles: TitleTable
     rows: Rows
-    prepared: pathlib.Path
+    titles: TitleTable | None = None
 
     def hash(self, protocol: str) -> str:
-        """Identity of a protocol: equal hashes are comparable numbers."""
-        e = self.config.evaluate
-        details: dict[str, Any] = {
-            "protocol": protocol,
-            "data": files.hash_tree(self.prepared / "dataset"),
-            "top": e.top,
-        }
+        """Identity of a protocol: equal hashes are comparable numbers.
+
+        It covers the rows with their candidates, the items with their titles, groups and train counts, and the rules of
+        the protocol; not how a model found its answers.
+        """
+        e, c = self.config.evaluate, self.catalogue
+        rules: dict[str, Any] = {"protocol": "candidates" if protocol == "windows" else protocol}
         if protocol == "catalogue":
-            details |= {"exclude": "history", "beams": e.beams}
+            rules |= {"exclude": "history", "top": e.top}
         if protocol == "generate":
-            details |= {"decoding": "greedy", "match": "normalised first line", "rows": e.max_generate}
-        return files.hash_json(details)
+            rules |= {"match": "normalised first line"}
+        rows = [
+            hashlib.sha256(np.ascontiguousarray(column).tobytes()).hexdigest() for column in vars(self.rows).values()
+        ]
+        return files.hash_json([rules, rows, c.ids, c.titles, c.groups, c.count_I.tolist()])
+
+    def facts(self, protocol: str) -> dict[str, Any]:
+        """What a reader wants to know of a protocol, JSON-ready."""
+        e, d = self.config.evaluate, self.config.data
+        if protocol == "generate":
+            return {"decoding": "greedy", "match": "normalised first line"}
+        if protocol == "catalogue":
+            names_I = np.bincount(self.catalogue.title_group_I)
+            shared = int(names_I[names_I > 1].sum())
+            return {"titles": len(self.catalogue), "sharing_a_title": shared, "beams": e.beams, "budget": e.budget}
+        return {"candidates": d.candidates, "sampling": d.candidate_sampling, "never_listed": d.candidate_exclude}
 
 
-@dataclasses.dataclass(frozen=True)
-class Answers:
-    """One model's answers: ranked items (-1: none), scores, and, where a protocol has them, more per row."""
+def rows_of(config: ConfigDict, prepared: pathlib.Path, protocol: str) -> Rows:
+    """The test rows that a protocol asks about; of `generate` at most evaluate.max_generate, chosen by hash.
 
-    ranked_ExK: np.ndarray
-    score_ExK: np.ndarray
-    certified_E: np.ndarray | None = None
-    full_score_ExC: np.ndarray | None = None  # candidates: scores in list order
-    text: list[str] | None = None
-    status: list[str] | None = None
+    Errors: UserError for an unknown protocol, and when its split has no rows.
+    """
+    if protocol not in PROTOCOLS:
+        raise UserError(f"evaluate.protocols: unknown {protocol!r}; choose from {', '.join(PROTOCOLS)}")
+    split = PROTOCOLS[protocol].split
+    rows = store.read(prepared / "dataset", split)
+    if not len(rows):
+        hint = "set data.windows=True" if split == "windows" else "lower data.min_history or data.core_user"
+        raise UserError(f"evaluate: the {split} split has no rows; {hint}")
+    limit = config.evaluate.max_generate
+    if protocol != "generate" or not 0 < limit < len(rows):
+        return rows
+    luck_E = seeds.uniform(seeds.key(config.data.seed, "generate"), rows.user_E, rows.position_E)
+    return rows.take(np.sort(np.argsort(luck_E, kind="stable")[:limit]))
 
 
 Floors = Mapping[str, Any]  # name -> function (rows, items_ExC or None) -> scores
@@ -85,16 +109,21 @@ def floors(config: ConfigDict, catalogue: Catalogue, data: Mapping[str, Rows], o
 
 
 def candidates(setting: Setting, models: Mapping[str, Policy], floors: Floors) -> dict[str, Answers]:
-    rows, size = setting.rows, setting.config.evaluate.batch_size
-    scores = {name: score(rows, rows.candidates_ExC) for name, score in floors.items()}
+    rows, items_ExC = setting.rows, setting.rows.candidates_ExC
+    scores = {name: score(rows, items_ExC) for name, score in floors.items()}
     for name, model in models.items():
-        scores[name] = rank.item_scores(
-            model, model.params, setting.catalogue, setting.titles, rows, rows.candidates_ExC, size
-        )
-    return {name: _ranked(score, rows.candidates_ExC, setting.config.evaluate.top) for name, score in scores.items()}
+        scores[name] = candidate_scores(setting, model, rows)
+    return {name: _ranked(score, items_ExC) for name, score in scores.items()}
 
 
-def _ranked(score_ExC: np.ndarray, items_ExC: np.ndarray, top: int) -> Answers:
+def candidate_scores(setting: Setting, model: Policy, rows: Rows) -> np.ndarray:
+    """log pi(title | prompt) of every candidate, [E, C]."""
+    assert setting.titles is not None
+    size = setting.config.evaluate.batch_size
+    return rank.item_scores(model, model.params, setting.catalogue, setting.titles, rows, rows.candidates_ExC, size)
+
+
+def _ranked(score_ExC: np.ndarray, items_ExC: np.ndarray, top: int | None = None) -> Answers:
     ranked = metrics.ranking(score_ExC, items_ExC, top)
     descending = -np.sort(-score_ExC, axis=1)[:, :top]
     return Answers(ranked, descending, full_score_ExC=score_ExC)
@@ -102,6 +131,7 @@ def _ranked(score_ExC: np.ndarray, items_ExC: np.ndarray, top: int) -> Answers:
 
 def catalogue(setting: Setting, models: Mapping[str, Policy], floors: Floors) -> dict[str, Answers]:
     rows, e = setting.rows, setting.config.evaluate
+    assert setting.titles is not None
     everything = np.broadcast_to(np.arange(len(setting.catalogue))[None], (len(rows), len(setting.catalogue)))
     own = rows.history_ExN
     answers = {}
@@ -110,100 +140,50 @@ def catalogue(setting: Setting, models: Mapping[str, Policy], floors: Floors) ->
         row, slot = np.nonzero(own >= 0)
         score_ExI[row, own[row, slot]] = -np.inf
         found = _ranked(score_ExI, everything, e.top)
-        answers[name] = dataclasses.replace(found, full_score_ExC=None, certified_E=np.ones(len(rows), bool))
+        ranked_ExK = np.where(np.isneginf(found.score_ExK), NO_ANSWER, found.ranked_ExK)
+        answers[name] = Answers(ranked_ExK, found.score_ExK, certified_E=np.ones(len(rows), bool))
     for name, model in models.items():
         if model.encoder.template.uses_candidates:
             continue  # such a prompt lists what may be answered; it cannot rank a catalogue
         top = rank.catalogue_top(
             model, model.params, setting.catalogue, setting.titles, rows,
-            beams=e.beams, k=e.top, batch_size=e.batch_size, excluded_ExX=own,
+            beams=e.beams, k=e.top, batch_size=e.batch_size, excluded_ExX=own, budget=e.budget,
         )  # fmt: skip
-        answers[name] = Answers(top.items, top.scores, top.certified)
+        answers[name] = Answers(np.where(top.items < 0, NO_ANSWER, top.items), top.scores, top.certified)
     return answers
 
 
 def generate(setting: Setting, models: Mapping[str, Policy], floors: Floors) -> dict[str, Answers]:
     rows, e = setting.rows, setting.config.evaluate
+    assert setting.titles is not None
     length = int(setting.titles.length_I.max())
-    index = {normalise(title): item for item, title in reversed(list(enumerate(setting.catalogue.titles)))}
     answers = {}
     for name, model in models.items():
-        texts = rank.greedy_texts(
-            model, model.params, setting.catalogue, rows, batch_size=e.batch_size, max_tokens=length
+        texts, ended = zip(
+            *rank.greedy_texts(model, model.params, setting.catalogue, rows, batch_size=e.batch_size, max_tokens=length)
         )
-        item_E = np.array([index.get(normalise(text.split("\n")[0]), -1) for text, _ in texts])
-        status = [_status(setting, e_, item, *text) for e_, (item, text) in enumerate(zip(item_E, texts))]
-        answers[name] = Answers(
-            item_E[:, None], np.zeros((len(rows), 1)), text=[text for text, _ in texts], status=status
-        )
+        answers[name] = matching.read(texts, ended, setting.catalogue, rows)
     return answers
 
 
-def _status(setting: Setting, row: int, item: int, text: str, ended: bool) -> str:
-    """What is wrong with a free answer, the first that applies; "candidate" is the valid one."""
-    if not ended:
-        return "truncated"
-    if not text.strip():
-        return "empty"
-    if item < 0:
-        return "not_in_catalogue"
-    group_I = setting.catalogue.title_group_I
-    history = setting.rows.history_ExN[row]
-    if group_I[item] in group_I[history[history >= 0]]:
-        return "history_copy"
-    return "candidate" if group_I[item] in group_I[setting.rows.candidates_ExC[row]] else "not_a_candidate"
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """The split whose rows are asked about, and how: (setting, models, floors) -> the answers of each.
+
+    bound: whether an answer has to be one of the row's candidates.
+    """
+
+    split: str
+    bound: bool
+    ask: Callable[[Setting, Mapping[str, Policy], Floors], dict[str, Answers]]
 
 
-PROTOCOLS = {"candidates": candidates, "catalogue": catalogue, "generate": generate}
-
-
-def summarise(setting: Setting, answers: Mapping[str, Answers], embedding_IxD: np.ndarray):
-    """The object M of every model, and the metrics of every row: (model -> M, model -> metric -> values_E)."""
-    rows, e = setting.rows, setting.config.evaluate
-    group_I, count_I = setting.catalogue.title_group_I, setting.catalogue.count_I
-    neighbours = metrics.semantic_neighbours(rows.history_ExN, embedding_IxD, e.neighbours)
-    member_IxG = metrics.popularity_groups(count_I)
-    cells, by_row = {}, {}
-    for name, answer in answers.items():
-        values = metrics.by_row(
-            answer.ranked_ExK, rows.target_E, rows.history_ExN, rows.candidates_ExC, group_I, count_I, neighbours
-        )
-        if answer.status is not None:  # what may be answered freely: any title of the catalogue
-            in_catalogue = (answer.ranked_ExK[:, 0] >= 0).astype(np.float64)
-            values["valid_ratio"] = in_catalogue
-            values["HR@1_of_valid"] = np.where(in_catalogue > 0, values["HR@1"], np.nan)
-            for kind in ("truncated", "empty", "not_a_candidate"):
-                values[kind] = np.array([status == kind for status in answer.status], np.float64)
-        if answer.certified_E is not None:
-            values["certified"] = answer.certified_E.astype(np.float64)
-        cell = metrics.summary(values, rows.user_E, e.bootstrap, setting.config.seed)
-        cell |= metrics.over_rows(
-            answer.ranked_ExK, rows.history_ExN, rows.user_E, member_IxG, e.bootstrap, setting.config.seed
-        )
-        cell["HR@1_by_decile"] = metrics.by_decile(values["HR@1"], rows.target_E, count_I, rows.user_E, e.bootstrap)
-        cells[name], by_row[name] = cell, values
-    return cells, by_row
-
-
-def predictions(setting: Setting, answer: Answers) -> Iterable[dict]:
-    rows = setting.rows
-    for e in range(len(rows)):
-        ranked = answer.ranked_ExK[e]
-        kept = ranked >= 0
-        row = {
-            "row": e,
-            "user": int(rows.user_E[e]),
-            "position": int(rows.position_E[e]),
-            "target": int(rows.target_E[e]),
-            "history": rows.history_ExN[e][rows.history_ExN[e] >= 0].tolist(),
-            "ranked": ranked[kept].tolist(),
-            "scores": [round(float(score), 5) for score in answer.score_ExK[e][kept]],
-        }
-        if answer.certified_E is not None:
-            row["certified"] = bool(answer.certified_E[e])
-        if answer.text is not None and answer.status is not None:
-            row |= {"text": answer.text[e], "status": answer.status[e]}
-        yield row
+PROTOCOLS = {
+    "candidates": Protocol("test", True, candidates),
+    "windows": Protocol("windows", True, candidates),
+    "catalogue": Protocol("test", False, catalogue),
+    "generate": Protocol("test", False, generate),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +214,7 @@ class Truth:
                 "true_win_rate": wins[name],
                 "true_pair_accuracy": metrics.true_pair_accuracy(answer.full_score_ExC, utility_ExC),
             }
-            models[name] = metrics.summary(values, rows.user_E, e.bootstrap, setting.config.seed)
+            models[name] = summary.cells(values, rows.user_E, e.bootstrap, setting.config.seed)
         figures: dict = {"models": models}
         if pairs.has_items and pairs.has_epsilon:
             utility_ExR = np.take_along_axis(self.utility_UxI[pairs.user_E], pairs.item_ExR, axis=1)

@@ -4,7 +4,9 @@ Rows of one user are not independent, so resampling draws whole users and the pe
 """
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,9 +14,10 @@ from rosepo_jax import seeds
 
 CHUNK = 1 << 22  # numbers drawn at a time, to bound memory
 EXACT = 16  # up to this many users with a difference, all sign patterns are counted
+Z_975, Z_80 = 1.959963984540054, 0.8416212335729143  # quantiles of the normal distribution
 
 
-def wilson(hits: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson(hits: int, n: int, z: float = Z_975) -> tuple[float, float]:
     """The 95 % score interval of a share.
 
     Formula:   (p + z^2/2n ± z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n),   p = hits/n
@@ -46,30 +49,55 @@ def bootstrap(
     statistic: Callable[[np.ndarray], np.ndarray],
     resamples: int = 2000,
     seed: int = 0,
-) -> tuple[float, float]:
+) -> np.ndarray:
     """The 95 % percentile interval of a statistic of column sums, resampling users with replacement.
 
-    statistic: sum_BxK -> statistic_B, e.g. `lambda sum_Bx2: sum_Bx2[:, 0] / sum_Bx2[:, 1]` for a ratio.
+    statistic: sum_BxK -> statistic_B or statistic_BxM, e.g. `lambda sum_Bx2: sum_Bx2[:, 0] / sum_Bx2[:, 1]`; resamples
+    in which it is NaN are left out.
+    Shapes:    returns [2] or [2, M], the low and the high ends.
     Source:    Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13; clusters = users.
     """
-    sum_UxK = user_sums(value_ExK, user_E)
+    sum_UxK = _exactly_summable(user_sums(value_ExK, user_E))
     U = len(sum_UxK)
     random = seeds.generator(seed, "bootstrap", U)
     values = []
     for start in range(0, resamples, block := max(1, CHUNK // U)):
-        pick_BxU = random.integers(U, size=(min(block, resamples - start), U))
-        values.append(statistic(np.stack([column_U[pick_BxU].sum(axis=1) for column_U in sum_UxK.T], axis=1)))
-    low, high = np.quantile(np.concatenate(values), [0.025, 0.975])
-    return float(low), float(high)
+        pick_BxU = random.integers(U, size=(B := min(block, resamples - start), U))
+        times_BxU = np.bincount((pick_BxU + U * np.arange(B)[:, None]).ravel(), minlength=B * U).reshape(B, U)
+        values.append(statistic(times_BxU.astype(np.float64) @ sum_UxK))
+    with warnings.catch_warnings(category=RuntimeWarning, action="ignore"):  # all NaN gives NaN
+        return np.nanquantile(np.concatenate(values), [0.025, 0.975], axis=0)
+
+
+def _exactly_summable(sum_UxK: np.ndarray) -> np.ndarray:
+    """The columns in multiples of so small a power of two that float64 adds any U of their numbers without rounding.
+
+    So a matrix product gives the same sums in blocks of any size and with any number of threads. Counts stay as they
+    are; other numbers move by less than U / 2^52 of the largest.
+    """
+    largest_K = np.maximum(np.abs(sum_UxK).max(axis=0), np.finfo(np.float64).tiny)
+    grid_K = np.exp2(np.ceil(np.log2(largest_K * len(sum_UxK))) - 52)
+    return np.round(sum_UxK / grid_K) * grid_K
+
+
+def mean_intervals(value_ExM: np.ndarray, user_E: np.ndarray, resamples: int = 2000, seed: int = 0) -> np.ndarray:
+    """The 95 % bootstrap intervals [M, 2] of the columns' means over the rows where they are not NaN."""
+    value_ExM = np.asarray(value_ExM, np.float64)
+    kept_ExM = ~np.isnan(value_ExM)
+    M = value_ExM.shape[1]
+
+    def means(sum_Bx2M: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            return sum_Bx2M[:, :M] / sum_Bx2M[:, M:]
+
+    columns = np.concatenate([np.where(kept_ExM, value_ExM, 0.0), kept_ExM], axis=1)
+    return bootstrap(columns, user_E, means, resamples, seed).T
 
 
 def mean_interval(value_E: np.ndarray, user_E: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
     """The 95 % bootstrap interval of the mean over rows. Of a paired difference: pass `a_E - b_E`."""
-    return bootstrap(np.stack([value_E, np.ones(len(value_E))], axis=1), user_E, _ratio, resamples, seed)
-
-
-def _ratio(sum_Bx2: np.ndarray) -> np.ndarray:
-    return sum_Bx2[:, 0] / sum_Bx2[:, 1]
+    ((low, high),) = mean_intervals(np.asarray(value_E)[:, None], user_E, resamples, seed)
+    return float(low), float(high)
 
 
 def permutation_test(difference_E: np.ndarray, user_E: np.ndarray, resamples: int = 10_000, seed: int = 0) -> float:
@@ -123,20 +151,68 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted_M.tolist()
 
 
+def benjamini_hochberg(p: Sequence[float]) -> list[float]:
+    """Benjamini and Hochberg's step-up adjustment: q-values that control the false discovery rate over the whole list.
+
+    Formula:   sorted ascending, q_(i) = min over j >= i of min(1, m p_(j) / j)
+    Source:    Benjamini & Hochberg, JRSS B 57 (1995), for independent or positively dependent tests.
+    """
+    p_M = np.asarray(p, np.float64)
+    m = len(p_M)
+    order = np.argsort(p_M, kind="stable")
+    adjusted_M = np.empty_like(p_M)
+    stepped_M = np.minimum(1.0, m / np.arange(1, m + 1) * p_M[order])
+    adjusted_M[order] = np.minimum.accumulate(stepped_M[::-1])[::-1]
+    return adjusted_M.tolist()
+
+
+def detectable(difference_E: np.ndarray, user_E: np.ndarray) -> float | None:
+    """The smallest true mean difference that a two-sided test at 5 % finds in four of five such experiments.
+
+    Formula:   (z_0.975 + z_0.8) s,   s^2 = U / (U - 1) sum_u (sum of u's differences - n_u mean)^2 / n^2,
+               the standard error of the mean over rows whose users, not rows, are independent.
+    Reduces to: 2.80 sd / sqrt(n) when every user has one row. None when it is unknown: one user, or no spread at all.
+    Source:    Miller, arXiv 2411.00640 (clustered standard errors, power); Cochran, Sampling Techniques (1977), 9A.
+    """
+    sum_Ux2 = user_sums(np.stack([difference_E, np.ones(len(difference_E))], axis=1), user_E)
+    total, n = (math.fsum(column_U) for column_U in sum_Ux2.T)
+    U = len(sum_Ux2)
+    squares = math.fsum(np.square(sum_Ux2[:, 0] - sum_Ux2[:, 1] * (total / n)))
+    # a spread that is rounding only is none
+    if U < 2 or squares <= 1e-18 * math.fsum(np.square(sum_Ux2[:, 0])):
+        return None
+    return (Z_975 + Z_80) * math.sqrt(U / (U - 1) * squares) / n
+
+
+def over_seeds(values: Mapping[int, float]) -> dict[str, Any]:
+    """{"mean", "sd", "values", "n"} of a figure of runs that differ in their seed; sd with n - 1, None for one run."""
+    n = len(values)
+    mean = math.fsum(values.values()) / n
+    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values.values()) / (n - 1)) if n > 1 else None
+    return {"mean": mean, "sd": sd, "values": dict(sorted(values.items())), "n": n}
+
+
 def compare(a_E: np.ndarray, b_E: np.ndarray, user_E: np.ndarray, resamples: int = 2000, seed: int = 0) -> dict:
     """The paired comparison of two models on the same rows, as in `results.json`, without the rows where either is NaN.
 
-    Returns {"difference": mean(a - b), "ci95", "p", "test", "n"}; all None but n when no row is left.
+    Returns {"difference": mean(a - b), "ci95", "p", "test", "n", "detectable"}; all None but n when no row is left.
+    "p_mcnemar" too when all values are 0 or 1 and no user has two rows.
     """
-    difference_E = np.asarray(a_E, np.float64) - np.asarray(b_E, np.float64)
-    kept = ~np.isnan(difference_E)
-    difference_E, user_E = difference_E[kept], np.asarray(user_E)[kept]
-    if not len(difference_E):
-        return {"difference": None, "ci95": None, "p": None, "test": "paired permutation", "n": 0}
-    return {
-        "difference": math.fsum(difference_E) / len(difference_E),
+    a_E, b_E = np.asarray(a_E, np.float64), np.asarray(b_E, np.float64)
+    kept = ~np.isnan(a_E - b_E)
+    a_E, b_E, user_E = a_E[kept], b_E[kept], np.asarray(user_E)[kept]
+    n, test = len(user_E), "paired permutation"
+    if not n:
+        return {"difference": None, "ci95": None, "p": None, "test": test, "n": 0, "detectable": None}
+    difference_E = a_E - b_E
+    found = {
+        "difference": math.fsum(difference_E) / n,
         "ci95": list(mean_interval(difference_E, user_E, resamples, seed)),
         "p": permutation_test(difference_E, user_E, seed=seed),
-        "test": "paired permutation",
-        "n": len(difference_E),
+        "test": test,
+        "n": n,
+        "detectable": detectable(difference_E, user_E),
     }
+    if np.isin([a_E, b_E], (0, 1)).all() and len(np.unique(user_E)) == n:
+        found["p_mcnemar"] = mcnemar(a_E, b_E)
+    return found

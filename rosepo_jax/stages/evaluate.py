@@ -12,11 +12,11 @@ from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.data.examples import TitleTable
 from rosepo_jax.data.rows import SPLITS, Rows
 from rosepo_jax.decoding import rank
-from rosepo_jax.errors import UserError
-from rosepo_jax.evaluation import protocols, significance
-from rosepo_jax.evaluation.protocols import Answers
-from rosepo_jax.stages import runtime, sft
+from rosepo_jax.evaluation import predictions, probes, protocols, published, significance, summary
+from rosepo_jax.preference.oracle import Oracle
+from rosepo_jax.stages import oracle, runtime, sft
 from rosepo_jax.training import loop, optimizer, policy, sharding
+from rosepo_jax.training.metrics import is_primary
 
 NAME, INPUTS, RESUMABLE = "evaluate", ("prepare", "oracle", "sft", "pairs", "align"), True
 KEYS = ("seed", "data", "model", "evaluate", "sft", "align", "checkpoint.every")
@@ -24,6 +24,7 @@ KEYS = ("seed", "data", "model", "evaluate", "sft", "align", "checkpoint.every")
 COMPARED = (  # (protocol, metric, models beside "aligned")
     ("candidates", "HR@1", ("sft", "sft_more", "cooccurrence", "oracle")),
     ("candidates", "NDCG@5", ("sft", "sft_more")),
+    ("windows", "HR@1", ("sft", "sft_more", "cooccurrence", "oracle")),
     ("catalogue", "HR@5", ("sft", "sft_more")),
     ("catalogue", "popularity_lift", ("sft", "sft_more")),
     ("catalogue", "semantic_error_rate", ("sft", "sft_more")),
@@ -32,13 +33,14 @@ COMPARED = (  # (protocol, metric, models beside "aligned")
 
 
 def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) -> dict:
-    e = config.evaluate
-    if unknown := set(e.protocols) - set(protocols.PROTOCOLS):
-        raise UserError(f"evaluate.protocols: unknown {sorted(unknown)}; choose from {', '.join(protocols.PROTOCOLS)}")
-    catalogue = Catalogue.load(inputs["prepare"] / "catalogue.jsonl")
-    data = {name: store.read(inputs["prepare"] / "dataset", name) for name in SPLITS}
-    if not len(data["test"]):
-        raise UserError("evaluate: the test split has no rows; lower data.min_history or data.core_user")
+    e, prepared = config.evaluate, inputs["prepare"]
+    asked = {name: protocols.rows_of(config, prepared, name) for name in e.protocols}  # mistakes come up at once
+    results: dict = {"protocols": {}, "comparisons": [], "probes": {}}
+    if e.published:
+        results["published"] = published.table(e.published)
+    catalogue = Catalogue.load(prepared / "catalogue.jsonl")
+    users = files.read_json(prepared / "users.json")
+    data = {name: store.read(prepared / "dataset", name) for name in SPLITS}
     mesh = sharding.make_mesh(config.mesh)
     models = {"sft": policy.load(config, inputs["sft"], mesh)}
     if e.sft_more:
@@ -52,34 +54,53 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
     titles = TitleTable(models["sft"].encoder, catalogue.titles)
     embedding_IxD = rank.title_embeddings(models["sft"], titles)
     floors = protocols.floors(config, catalogue, data, inputs["oracle"])
-    results: dict = {"protocols": {}, "comparisons": []}
     by_row: dict[str, dict[str, dict[str, np.ndarray]]] = {}
-    truth = protocols.Truth.load(inputs["prepare"])
-    for name in e.protocols:
-        rows = some(data["test"], e.max_generate, config.seed) if name == "generate" else data["test"]
-        setting = protocols.Setting(config, catalogue, titles, rows, inputs["prepare"])
-        runtime.say(f"evaluate: {name} protocol, {len(setting.rows)} rows")
-        answers: dict[str, Answers] = protocols.PROTOCOLS[name](setting, models, floors)
-        cells, by_row[name] = protocols.summarise(setting, answers, embedding_IxD)
-        results["protocols"][name] = {"hash": setting.hash(name), "n": len(setting.rows), "models": cells}
+    truth = protocols.Truth.load(prepared)
+    for name, rows in asked.items():
+        protocol, setting = protocols.PROTOCOLS[name], protocols.Setting(config, catalogue, rows, titles)
+        ground = summary.Ground(rows, catalogue, embedding_IxD, e.neighbours, protocol.bound)
+        runtime.say(f"evaluate: {name} protocol, {len(rows)} rows")
+        answers = protocol.ask(setting, models, floors)
+        cells = {}
+        by_row[name] = {}
         for model, answer in answers.items():
-            path = out / "predictions" / f"{name}.{model}.jsonl"
-            files.write_jsonl(path, protocols.predictions(setting, answer))
-        if name == "candidates" and truth is not None:
-            rows_of_pairs = pairs.read(inputs["pairs"] / "pairs.parquet")
-            results["truth"], wins = truth.figures(setting, answers, rows_of_pairs)
-            for model, win_E in wins.items():
-                by_row[name][model]["true_win_rate"] = win_E
-    results["comparisons"] = compare(config, by_row, data["test"].user_E)
-    files.write_json(out / "results.json", runtime.plain(results))
+            cells[model], by_row[name][model] = summary.describe(answer, ground, e.bootstrap, config.seed)
+            if is_primary():
+                path = out / "predictions" / f"{name}.{model}.jsonl"
+                predictions.write(path, rows, answer, users, catalogue)
+        results["protocols"][name] = {
+            "hash": setting.hash(name),
+            "n": len(rows),
+            "split": protocol.split,
+            "semantic_space": runtime.identity(inputs["sft"]),
+            **setting.facts(name),
+            "models": cells,
+        }
+        if name == "candidates":
+            if truth is not None:
+                results["truth"], wins = truth.figures(setting, answers, pairs.read(inputs["pairs"] / "pairs.parquet"))
+                for model, win_E in wins.items():
+                    by_row[name][model]["true_win_rate"] = win_E
+            results["probes"] = probes.run(setting, {name: models[name] for name in ("sft", "aligned")})
+    results["oracle"] = calibration(inputs["oracle"], data["test"])
+    results["defects"] = files.read_json(prepared / "statistics.json")["defects"]
+    results["comparisons"] = compare(config, by_row, {name: rows.user_E for name, rows in asked.items()})
+    if is_primary():
+        files.write_json(out / "results.json", runtime.plain(results))
     headline = results["protocols"].get("candidates", {"models": {}})["models"]
     return {model: cell["HR@1"]["value"] for model, cell in headline.items()}
 
 
-def some(rows: Rows, limit: int, seed: int) -> Rows:
-    """At most `limit` rows (0 = all), chosen by hash."""
-    luck_E = seeds.uniform(seeds.key(seed, "generate"), rows.user_E, rows.position_E)
-    return rows.take(np.sort(np.argsort(luck_E, kind="stable")[: limit or len(rows)]))
+def calibration(folder: pathlib.Path, rows: Rows) -> dict:
+    """Of the oracle's pairwise probabilities, hence of epsilon, over (target, other candidate) pairs of test rows."""
+    scorer = Oracle.load(folder)
+    gaps = oracle.pair_gaps(scorer, rows)
+    return {
+        "tau": scorer.tau,
+        "ECE": oracle.calibration_error(*gaps, scorer.tau),
+        "ECE_at_tau_1": oracle.calibration_error(*gaps, 1.0),
+        "pairs": len(gaps[0]),
+    }
 
 
 def train_more(config, model: policy.Policy, catalogue: Catalogue, data: dict, inputs, out: pathlib.Path) -> dict:
@@ -114,18 +135,23 @@ def train_more(config, model: policy.Policy, catalogue: Catalogue, data: dict, i
     )
 
 
-def compare(config, by_row: dict, user_E: np.ndarray) -> list[dict]:
-    """Paired comparisons of the aligned model, with Holm's adjustment over all of them."""
+def compare(config: ConfigDict, by_row: dict, user_E: dict[str, np.ndarray]) -> list[dict]:
+    """Paired comparisons of the aligned model, with Holm's and Benjamini and Hochberg's adjustment over all of them."""
     found = []
     for protocol, metric, others in COMPARED:
         models = by_row.get(protocol, {})
         for other in others:
             if other in models and metric in models[other] and "aligned" in models:
                 test = significance.compare(
-                    models["aligned"][metric], models[other][metric], user_E, config.evaluate.bootstrap, config.seed
+                    models["aligned"][metric],
+                    models[other][metric],
+                    user_E[protocol],
+                    config.evaluate.bootstrap,
+                    config.seed,
                 )
                 found.append({"protocol": protocol, "metric": metric, "a": "aligned", "b": other} | test)
     tested = [row for row in found if row["p"] is not None]
-    for row, adjusted in zip(tested, significance.holm([row["p"] for row in tested])):
-        row["p_holm"] = adjusted
+    p = [row["p"] for row in tested]
+    for row, holm, bh in zip(tested, significance.holm(p), significance.benjamini_hochberg(p)):
+        row |= {"p_holm": holm, "q_bh": bh}
     return found

@@ -1,73 +1,162 @@
-"""rosepo export: a checkpoint as a Hugging Face directory, adapters merged, or its adapter for PEFT; a model card."""
+"""rosepo export: what a run made, for other tools.
+
+A checkpoint as a Hugging Face directory, adapters merged, or its adapter for PEFT, with a model card; the rows that
+models are asked about, for any system or for RecBole; rankings in the format of TREC.
+"""
 
 import argparse
+import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from rosepo_jax import files
+from rosepo_jax.data import store
+from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.data.prompts import Template
+from rosepo_jax.data.rows import Rows
 from rosepo_jax.errors import UserError
+from rosepo_jax.evaluation import predictions, protocols
 from rosepo_jax.models import checkpoints_hf, hub, peft
 from rosepo_jax.models import lora as adapters
 from rosepo_jax.stages import runtime
 from rosepo_jax.training import policy, sharding
 from rosepo_jax.training.metrics import is_primary
-from rosepo_jax.training.policy import Policy
 
 MODELS = {"align": "aligned", "sft": "sft"}  # stage -> the name of its model in results.json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Writes a checkpoint as a directory that transformers or PEFT loads, with a model card."
-    parser.add_argument("--checkpoint", choices=tuple(MODELS), default="align", help="default: align")
-    parser.add_argument(
-        "--format", choices=("merged", "adapter"), default="merged", help="whole model, or the LoRA adapter for PEFT"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = "\n".join(
+        ["Writes a directory that other tools read. --format is", *(f"  {n:9}{f.help}" for n, f in FORMATS.items())]
     )
+    parser.add_argument("--checkpoint", choices=tuple(MODELS), default="align", help="merged, adapter; default: align")
+    parser.add_argument("--format", choices=tuple(FORMATS), default="merged", help="default: merged")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="a directory that does not exist yet")
 
 
 def main(config: ConfigDict | None, args: argparse.Namespace) -> None:
     if config is None:
         raise UserError("give the run to export: --workdir=DIR")
-    manifest_path = args.workdir / args.checkpoint / runtime.MANIFEST
-    if not manifest_path.exists():
-        raise UserError(
-            f"{manifest_path.parent}: no complete checkpoint; run `rosepo {args.checkpoint} --workdir={args.workdir}`"
-        )
-    folder = args.workdir / args.checkpoint
+    chosen = FORMATS[args.format]
+    stage = chosen.stage or args.checkpoint
+    folder = args.workdir / stage
+    if not (folder / runtime.MANIFEST).exists():
+        raise UserError(f"{folder}: not complete; run `rosepo {stage} --workdir={args.workdir}`")
+    runtime.say(f"{args.output}: {chosen.write(config, folder, args.output)}")
+
+
+def merged(config: ConfigDict, folder: pathlib.Path, output: pathlib.Path) -> str:
+    """The whole model, adapter folded in, a quantised base restored."""
     model = policy.load(config, folder, sharding.make_mesh(config.mesh))
-    readme = card(args.workdir, args.checkpoint)
-    write = export_adapter if args.format == "adapter" else export_merged
-    count = write(config, model, folder, args.output, readme)
-    runtime.say(f"{args.output}: {count:,} parameters")
-
-
-def export_merged(config: ConfigDict, model: Policy, folder: pathlib.Path, output: pathlib.Path, readme: str) -> int:
-    """The whole model, adapter folded in, a quantised base restored; returns its number of parameters."""
     params = adapters.merge(model.params, model.lm.lora, model.lm.quantize)
     if is_primary():
         checkpoints_hf.write(
             output, model.lm.config, params, folder / "tokenizer", config.model.param_dtype,
-            readme=readme, eos=model.encoder.eos,
+            readme=card(folder.parent, folder.name), eos=model.encoder.eos,
         )  # fmt: skip
-    return sum(value.size for value in params.values())
+    return f"{sum(value.size for value in params.values()):,} parameters"
 
 
-def export_adapter(config: ConfigDict, model: Policy, folder: pathlib.Path, output: pathlib.Path, readme: str) -> int:
+def adapter(config: ConfigDict, folder: pathlib.Path, output: pathlib.Path) -> str:
     """The adapter alone, for PEFT on top of the base that the run started from."""
     base = policy.describe(folder)["base"]
+    model = policy.load(config, folder, sharding.make_mesh(config.mesh))
     if model.lm.lora is None:
         raise UserError("--format=adapter: the run tuned the whole model (model.tuning=full); use --format=merged")
     if "path" not in base:
         raise UserError("--format=adapter: the base was a new model, which nobody else has; use --format=merged")
     if is_primary():
-        path, revision = base["path"], base["revision"]
-        peft.write(output, model.lm.config, model.lm.lora, model.trainable, base=path, revision=revision, readme=readme)
-    return sum(value.size for value in model.trainable.values())
+        peft.write(
+            output, model.lm.config, model.lm.lora, model.trainable,
+            base=base["path"], revision=base["revision"], readme=card(folder.parent, folder.name),
+        )  # fmt: skip
+    return f"{sum(value.size for value in model.trainable.values()):,} parameters"
+
+
+def rows(config: ConfigDict, prepared: pathlib.Path, output: pathlib.Path) -> str:
+    """rows.jsonl, the test rows; windows.jsonl, and generate.jsonl where that protocol asks about fewer."""
+    users, catalogue = _names(prepared)
+    asked = {"rows": protocols.rows_of(config, prepared, "candidates")}
+    if len(store.source(prepared / "dataset", "windows")):
+        asked["windows"] = protocols.rows_of(config, prepared, "windows")
+    if 0 < config.evaluate.max_generate < len(asked["rows"]):
+        asked["generate"] = protocols.rows_of(config, prepared, "generate")
+
+    def fill(directory: pathlib.Path) -> None:
+        for name, found in asked.items():
+            files.write_jsonl(directory / f"{name}.jsonl", predictions.questions(found, users, catalogue))
+
+    if is_primary():
+        checkpoints_hf.new_directory(output, fill)
+    return ", ".join(f"{len(found):,} in {name}.jsonl" for name, found in asked.items())
+
+
+def recbole(config: ConfigDict, prepared: pathlib.Path, output: pathlib.Path) -> str:
+    """The data set, called as its directory is; held-out rows are training rows."""
+    name = predictions.plain_name(output.resolve().name, "--output")
+    users, catalogue = _names(prepared)
+    data = {split: store.read(prepared / "dataset", split) for split in ("train", "held_out", "validation", "test")}
+    train = Rows(*(np.concatenate(both) for both in zip(*(vars(data[s]).values() for s in ("train", "held_out")))))
+    splits = {"train": train, "valid": data["validation"], "test": data["test"]}
+    if any((found.history_ExN[:, 0] < 0).any() for found in splits.values()):
+        raise UserError("--format=recbole: its models cannot start from an empty history; set data.min_history=1")
+    if is_primary():
+        checkpoints_hf.new_directory(
+            output, lambda directory: predictions.recbole(directory, name, splits, users, catalogue)
+        )
+    return ", ".join(f"{len(found):,} {split} rows" for split, found in splits.items())
+
+
+def trec(config: ConfigDict, evaluated: pathlib.Path, output: pathlib.Path) -> str:
+    """<protocol>.qrels, and <protocol>.<model>.run of every prediction file of `evaluate`."""
+    prepared = evaluated.parent / "prepare"
+    users, catalogue = _names(prepared)
+    found = {tuple(path.stem.split(".", 1)): path for path in sorted((evaluated / "predictions").glob("*.jsonl"))}
+    asked = {protocol: protocols.rows_of(config, prepared, protocol) for protocol, _ in found}
+
+    def fill(directory: pathlib.Path) -> None:
+        for protocol, asked_rows in asked.items():
+            _write_lines(directory / f"{protocol}.qrels", predictions.trec_qrels(asked_rows, catalogue))
+        for (protocol, model), path in found.items():
+            answers = predictions.read(path, asked[protocol], users, catalogue)
+            lines = predictions.trec_run(asked[protocol], answers, catalogue, model)
+            _write_lines(directory / f"{protocol}.{model}.run", lines)
+
+    if is_primary():
+        checkpoints_hf.new_directory(output, fill)
+    return f"{len(found)} runs, {len(asked)} qrels"
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """write(config, folder of the stage, output) -> what was written; stage "": that of --checkpoint."""
+
+    write: Callable[[ConfigDict, pathlib.Path, pathlib.Path], str]
+    stage: str
+    help: str
+
+
+FORMATS = {
+    "merged": Format(merged, "", "the whole model, for transformers"),
+    "adapter": Format(adapter, "", "the LoRA adapter alone, for PEFT"),
+    "trec": Format(trec, "evaluate", "the rankings of `evaluate` as TREC runs, with qrels"),
+    "recbole": Format(recbole, "prepare", "the rows and items as a data set of RecBole, called as the directory is"),
+    "rows": Format(rows, "prepare", "the rows that are asked about, for `rosepo evaluate --predictions`"),
+}
+
+
+def _names(prepared: pathlib.Path) -> tuple[list[str], Catalogue]:
+    return files.read_json(prepared / "users.json"), Catalogue.load(prepared / "catalogue.jsonl")
+
+
+def _write_lines(path: pathlib.Path, lines: Iterable[str]) -> None:
+    files.write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def card(workdir: pathlib.Path, checkpoint: str) -> str:

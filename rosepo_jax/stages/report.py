@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from rosepo_jax import files
 from rosepo_jax.data.catalogue import Catalogue
-from rosepo_jax.evaluation import report
+from rosepo_jax.evaluation import page, report
 from rosepo_jax.stages import STAGES, runtime
 from rosepo_jax.training.metrics import is_primary
 
@@ -18,20 +18,25 @@ RESUMABLE = False
 
 
 def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) -> dict:
-    """Writes report.html and summary.json, prints the headline table and returns it."""
+    """Writes report.html and summary.json, prints what they say and returns it."""
     found = material(config, inputs["evaluate"].parent)
-    text = report.table(found.results)
+    text = report.text(found.results)
     if is_primary():
-        files.write_text(out / "report.html", report.html(found))
+        files.write_text(out / "report.html", page.html(found))
         files.write_json(out / "summary.json", report.summary(found))
-    runtime.say(f"{text}\n\n" + "\n".join(report.verdicts(found.results)) + f"\n\n{out / 'report.html'}")
-    return {"table": text, "verdicts": report.verdicts(found.results)}
+    runtime.say(f"{text}\n\n{out / 'report.html'}")
+    return {"table": report.table(found.results), "verdicts": report.verdicts(found.results)}
 
 
 def material(config: ConfigDict, workdir: pathlib.Path) -> report.Material:
     """Reads what is below `workdir`: complete stages only, and all but `evaluate` may be missing."""
     stages = [verb for verb in STAGES if verb != NAME and (workdir / verb / runtime.MANIFEST).exists()]
     prepared = workdir / "prepare" if "prepare" in stages else None
+    results = files.read_json(workdir / "evaluate" / "results.json")
+    others = {
+        str(path.relative_to(workdir)): files.read_json(path)
+        for path in sorted((workdir / "others").glob("*/*.results.json"))
+    }
     predictions = {
         protocol: {
             model: files.read_jsonl(path)
@@ -40,14 +45,10 @@ def material(config: ConfigDict, workdir: pathlib.Path) -> report.Material:
         }
         for protocol in ("candidates", "catalogue")
     }
-    catalogue = Catalogue.load(prepared / "catalogue.jsonl") if prepared else None
     return report.Material(
-        results=files.read_json(workdir / "evaluate" / "results.json"),
+        results=report.with_others(results, others),
         predictions=predictions,
-        titles=catalogue.titles if catalogue else (),
-        title_group_I=catalogue.title_group_I if catalogue else (),
-        users=files.read_json(prepared / "users.json") if prepared else (),
-        histories=_histories(prepared / "dataset") if prepared else {},
+        catalogue=Catalogue.load(prepared / "catalogue.jsonl") if prepared else None,
         statistics=files.read_json(prepared / "statistics.json") if prepared else {},
         metrics={
             verb: files.read_jsonl(path)
@@ -58,16 +59,6 @@ def material(config: ConfigDict, workdir: pathlib.Path) -> report.Material:
         manifests={verb: files.read_json(workdir / verb / runtime.MANIFEST) for verb in stages},
         config=config.to_dict(),
     )
-
-
-def _histories(dataset: pathlib.Path) -> dict[tuple[int, int], list[int]]:
-    from rosepo_jax.data import store  # slow to import
-
-    rows = store.read(dataset, "test")
-    return {
-        (int(user), int(position)): [int(item) for item in history if item >= 0]
-        for user, position, history in zip(rows.user_E, rows.position_E, rows.history_ExN, strict=True)
-    }
 
 
 def _pairs(path: pathlib.Path) -> dict[str, list]:

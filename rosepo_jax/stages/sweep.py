@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from rosepo_jax import configuration, files
 from rosepo_jax.errors import UserError
+from rosepo_jax.evaluation import significance
 from rosepo_jax.stages import STAGES, runtime
 
 CHOSEN_BY = "validation HR@1 of the aligned model, over the candidate lists"
@@ -42,8 +43,10 @@ def main(config: ConfigDict, args: argparse.Namespace) -> int:
     if not runs:
         raise UserError(f"{args.config} has no get_sweep(); give --sweep=align.beta=0.1,0.3")
     rows = sweep(config, runs, args.workdir)
-    files.write_json(args.workdir / "sweep" / "sweep.json", {"chosen_by": CHOSEN_BY, "runs": rows})
-    runtime.say(table(rows))
+    groups = over_seeds(rows)
+    found = {"chosen_by": CHOSEN_BY, "runs": rows, "over_seeds": groups}
+    files.write_json(args.workdir / "sweep" / "sweep.json", found)
+    runtime.say(table(rows) + (f"\n\n{seeds_table(groups)}" if groups else ""))
     return 1 if any(row["error"] for row in rows) else 0
 
 
@@ -121,6 +124,53 @@ def figures(folder: pathlib.Path) -> dict[str, float | None]:
     }
 
 
+def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Runs that differ in their seed alone, together and best first: their settings, seeds, and mean and sd of figures.
+
+    Empty when no seed was swept.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["error"] is None and "seed" in row["settings"]:
+            groups.setdefault(files.hash_json(_but_seed(row)), []).append(row)
+    found = []
+    for group in groups.values():
+        measured = {}
+        for name in FIGURES:
+            values = {row["settings"]["seed"]: row[name] for row in group}
+            known = None not in values.values()
+            measured[name] = significance.over_seeds(values) if known else None
+        seeds = sorted(row["settings"]["seed"] for row in group)
+        found.append({"settings": _but_seed(group[0]), "seeds": seeds, **measured})
+    return sorted(found, key=lambda row: -row["validation_hr1"]["mean"] if row["validation_hr1"] else 0.0)
+
+
+def _but_seed(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row["settings"].items() if key != "seed"}
+
+
+def seeds_table(groups: Sequence[Mapping[str, Any]]) -> str:
+    """`over_seeds` as text: settings, seeds, then mean ± standard deviation of the figures that some group has."""
+    shown = [name for name in FIGURES if any(row[name] is not None for row in groups)]
+    settings = sorted({key for row in groups for key in row["settings"]})
+    lines = [[*settings, "seeds", *(FIGURES[name][0] for name in shown)]]
+    for row in groups:
+        cells = [_mean_and_sd(row[name], FIGURES[name][1]) for name in shown]
+        lines.append([*(str(row["settings"][key]) for key in settings), " ".join(map(str, row["seeds"])), *cells])
+    return "\n".join(["mean ± standard deviation over seeds", *_aligned(lines)])
+
+
+def _mean_and_sd(figure: Mapping[str, Any] | None, format_: str) -> str:
+    if figure is None:
+        return "-"
+    return format(figure["mean"], format_) + ("" if figure["sd"] is None else f" ± {figure['sd']:.4f}")
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return ["  ".join(word.ljust(width) for word, width in zip(line, widths)).rstrip() for line in lines]
+
+
 def _value(cell: Mapping[str, Any], name: str) -> float | None:
     """A metric that is either a number or {"value": number, ...}."""
     found = cell.get(name)
@@ -136,7 +186,5 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         numbers = ["-" if row[name] is None else format(row[name], FIGURES[name][1]) for name in shown]
         lines.append([*(str(row["settings"].get(key, "")) for key in settings), *numbers])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = ["  ".join(word.ljust(width) for word, width in zip(line, widths)).rstrip() for line in lines]
     failed = [f"{row['run']}: failed: {row['error']}" for row in rows if row["error"] is not None]
-    return "\n".join([f"best first by {CHOSEN_BY}", *text, *failed])
+    return "\n".join([f"best first by {CHOSEN_BY}", *_aligned(lines), *failed])

@@ -21,6 +21,7 @@ def walk(trie):
         children = range(trie.child_start_M1[node], trie.child_start_M1[node + 1])
         tokens = [int(trie.token_M[child]) for child in children]
         assert tokens == sorted(set(tokens))
+        assert (trie.parent_M[children.start : children.stop] == node).all()
         stack += [(child, (*prefix, token)) for child, token in zip(children, tokens)]
     return found
 

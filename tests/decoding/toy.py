@@ -1,11 +1,17 @@
 """A language model small enough to check by hand: its suffix cache holds the tokens fed so far, and nothing else."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rosepo_jax.models.decoder import DecoderConfig, LanguageModel
+from rosepo_jax.preference.logprobs import response_logps
+
 EOS = 0
+VOCABULARY, DEPTH, NODES = 6, 5, 256  # of random catalogues: tokens, the longest title, nodes of the trie
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,3 +68,82 @@ def pad_prompts(prompts, width, fill=1):
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True
     return tokens, mask
+
+
+def same_shape(trie):
+    """The trie in arrays of one size, so that many random catalogues share one compilation."""
+
+    def grow(array, value):
+        return np.pad(array, (0, NODES - len(array)), constant_values=value)
+
+    return dataclasses.replace(
+        trie,
+        child_start_M1=grow(trie.child_start_M1, trie.child_start_M1[-1]),
+        parent_M=grow(trie.parent_M, 0),
+        token_M=grow(trie.token_M, EOS),
+        item_M=grow(trie.item_M, -1),
+        first_M=grow(trie.first_M, 0),
+        last_M=grow(trie.last_M, 0),
+        rank_I=grow(trie.rank_I, 0),
+        branching=(VOCABULARY,) * DEPTH,
+    )
+
+
+def random_titles(rng, count, vocabulary=VOCABULARY, depth=DEPTH):
+    """Short tokens from few letters: prefixes, duplicates and shared beginnings are common."""
+    return [[*rng.integers(1, vocabulary, rng.integers(1, depth + 1)).tolist(), EOS] for _ in range(count)]
+
+
+def random_prompts(rng, count, vocabulary=VOCABULARY):
+    return [rng.integers(1, vocabulary, rng.integers(1, 7)).tolist() for _ in range(count)]
+
+
+def brute_force(params, prompt, titles, excluded=()):
+    """All distinct titles and their scores, best first; the lowest item of equal titles stands for all."""
+    banned = {tuple(titles[item]) for item in excluded if item >= 0}
+    lowest = {tuple(title): item for item, title in reversed(list(enumerate(titles)))}
+    scored = [(-title_score(params, prompt, title), item) for title, item in lowest.items() if title not in banned]
+    return [(item, -score) for score, item in sorted(scored)]
+
+
+def assert_is(items, scores, ranking):
+    """Items and scores are the first of the ranking and nothing follows; what ties to rounding may change places."""
+    n, score = min(len(items), len(ranking)), dict(ranking)
+    assert (items[n:] == -1).all()
+    assert (scores[n:] == -np.inf).all()
+    assert len(set(items[:n].tolist())) == n
+    for found in (scores[:n], [score[item] for item in items[:n].tolist()]):
+        np.testing.assert_allclose(found, [score for _, score in ranking[:n]], rtol=1e-5, atol=1e-5)
+
+
+def assert_sound(items, scores, prompt, params, titles, excluded=()):
+    """Whatever the certificate: items of the catalogue, none twice or excluded, exact scores, best first."""
+    real = items[items >= 0].tolist()
+    assert (items[len(real) :] == -1).all()
+    texts = [tuple(titles[item]) for item in real]
+    assert len(set(texts)) == len(texts)
+    assert all(titles.index(list(text)) == item for text, item in zip(texts, real))
+    assert not {tuple(titles[item]) for item in excluded if item >= 0} & set(texts)
+    expected = [title_score(params, prompt, titles[item]) for item in real]
+    np.testing.assert_allclose(scores[: len(real)], expected, rtol=1e-5, atol=1e-5)
+    assert (np.diff(scores[: len(real)]) <= 0).all()
+
+
+@functools.cache
+def scored_by_decoder():
+    """The real decoder with a catalogue without duplicates: ((lm, params, titles, prompts, mask), every_BxI).
+
+    All titles are scored by the shared-prefix pass, which shares no code with the cached path that searches take.
+    """
+    rng = np.random.default_rng(7)
+    config = DecoderConfig(vocabulary=20, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp_width=24)
+    lm = LanguageModel(config)
+    shapes = jax.eval_shape(lm.init, jax.random.key(0))
+    params = {path: rng.standard_normal(x.shape, np.float32) * 0.5 + ("norm" in path) for path, x in shapes.items()}
+    titles = list(map(list, dict.fromkeys(map(tuple, random_titles(rng, 50, 20, 6)))))
+    prompts, mask = pad_prompts(random_prompts(rng, 5, 20), 9)
+    responses, responses_mask = pad_prompts(titles, max(map(len, titles)))
+    responses, responses_mask = (np.broadcast_to(x, (5, *x.shape)) for x in (responses, responses_mask))
+    score = jax.jit(response_logps, static_argnums=0)
+    every_BxI = np.asarray(score(lm, params, prompts, mask, responses, responses_mask))
+    return (lm, params, titles, prompts, mask), every_BxI

@@ -210,7 +210,7 @@ def test_recommend_names_the_three_nearest_titles(rosepo, whole):
 
 
 def test_score_gives_what_evaluate_ranks_by(rosepo, whole, tmp_path):
-    titles = catalogue(whole)
+    titles = dict(zip((row["id"] for row in rows(whole / "prepare" / "catalogue.jsonl")), catalogue(whole)))
     predictions = rows(whole / "evaluate" / "predictions" / "candidates.sft.jsonl")[:5]
     wanted = [
         {"prompt": "".join(f"{titles[i]}\n" for i in row["history"]), "response": titles[item], "expected": score}
@@ -225,6 +225,41 @@ def test_score_gives_what_evaluate_ranks_by(rosepo, whole, tmp_path):
     assert [{key: row[key] for key in wanted[0]} for row in scored] == wanted
     np.testing.assert_allclose([row["logp"] for row in scored], [row["expected"] for row in scored], atol=2e-4)
     assert all(row["tokens"] >= 2 for row in scored)
+
+
+def test_another_system_is_scored_on_the_same_rows_and_joins_the_report(rosepo, whole, tmp_path):
+    """A system that answers with each row's first three candidates, from nothing but what `export` gives it."""
+    run = tmp_path / "run"
+    beginning(whole, run, (*BEFORE_ALIGN, "align", "evaluate", "report"))
+    rosepo("export", f"--workdir={run}", "--format=rows", f"--output={tmp_path / 'rows'}")
+    asked = rows(tmp_path / "rows" / "rows.jsonl")
+    assert not {"target", "item"} & set(asked[0])
+    answers = [{"row": row["row"], "titles": row["candidate_titles"][:3]} for row in asked]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in answers), "utf-8")
+    said = rosepo("evaluate", f"--workdir={run}", f"--predictions={path}").stdout
+    found = json.loads((run / "others" / "mine" / "candidates.results.json").read_text("utf-8"))["protocols"]
+    ours = json.loads((run / "evaluate" / "results.json").read_text("utf-8"))["protocols"]
+    assert found["candidates"]["hash"] == ours["candidates"]["hash"]
+    cell = found["candidates"]["models"]["mine"]["HR@1"]
+    targets = [row["target"] for row in rows(run / "evaluate" / "predictions" / "candidates.sft.jsonl")]
+    assert cell["hits"] == sum(row["candidates"][0] == target for row, target in zip(asked, targets))
+    page = (run / "report" / "report.html").read_text("utf-8")
+    assert "mine" in page and "mine" in said
+    path.write_text("".join(json.dumps(row) + "\n" for row in answers[1:]), "utf-8")
+    refused = rosepo("evaluate", f"--workdir={run}", f"--predictions={path}", status=2)
+    assert refused.stderr.count("\n") == 1 and "mine.jsonl" in refused.stderr
+
+
+def test_runs_are_compared_and_other_rows_refused(rosepo, whole, tmp_path):
+    other = beginning(whole, tmp_path / "other", (*BEFORE_ALIGN, "align", "evaluate"))
+    done = rosepo("report", whole, other, f"--output={tmp_path / 'both'}")
+    assert "HR@1" in done.stdout and (tmp_path / "both" / "comparison.html").is_file()
+    path = other / "evaluate" / "results.json"
+    path.write_text(path.read_text("utf-8").replace('"hash": "', '"hash": "f', 1), "utf-8")
+    refused = rosepo("report", whole, other, f"--output={tmp_path / 'none'}", status=2)
+    assert refused.stderr.count("\n") == 1 and "candidates" in refused.stderr and not (tmp_path / "none").exists()
+    assert "RUN RUN" in rosepo("report", whole, "--config.seed=1", status=2).stderr
 
 
 def test_sweep_prints_a_table(rosepo, workdir):

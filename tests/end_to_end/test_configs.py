@@ -19,6 +19,7 @@ LOGS = {  # config -> folder, users and train rows (None: not checked) that the 
     "movietweetings": ("movietweetings-100k", 2290, None),
     "movielens_small": ("ml-latest-small", None, None),
     "lastfm": ("llara-lastfm", 1220, 47_872),
+    "movielens_llara": ("llara-movielens", 943, 66_127),
     "llama3_8b": ("llara-movielens", 943, 66_127),
     "mistral_7b": ("llara-steam", 3388, 1000),  # a sample of the train rows
     "qwen3_4b": ("patchrec-goodreads", 2090, 149_773),
@@ -133,5 +134,5 @@ def test_a_small_run_needs_no_published_weights_and_no_special_hardware(name):
 
 @pytest.mark.parametrize("words", ["h100-1,h200-1", "steam,movielens", "full,h100", "h100-1:full"])
 def test_words_that_mean_nothing_are_refused(words):
-    with pytest.raises(UserError, match=r"h100-8 \| .*movielens \| steam"):
+    with pytest.raises(UserError, match=r"h100-8 \| .*movielens \| lastfm \| steam"):
         configuration.load(spec("qwen3_4b", words))

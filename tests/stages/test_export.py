@@ -8,11 +8,14 @@ from ml_collections import ConfigDict
 
 from rosepo_jax import files
 from rosepo_jax.config import default
-from rosepo_jax.data import examples
+from rosepo_jax.data import examples, store
+from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.decoding import rank
 from rosepo_jax.errors import UserError
+from rosepo_jax.evaluation import metrics, predictions, protocols
+from rosepo_jax.evaluation.answers import Answers
 from rosepo_jax.models import checkpoints_hf
-from rosepo_jax.stages import export, runtime
+from rosepo_jax.stages import export, prepare, runtime
 from rosepo_jax.training import checkpoint, policy, sharding
 
 
@@ -157,3 +160,108 @@ def test_mistakes(workdir, config, tmp_path):
         export.main(config, arguments(workdir, f"--output={tmp_path}"))
     with pytest.raises(SystemExit):
         arguments(workdir, "--checkpoint=oracle", "--output=x")
+
+
+@pytest.fixture
+def asked(tmp_path_factory):
+    """(config, workdir) in which only `prepare` is complete; `generate` asks about fewer rows than there are."""
+    c, workdir = default(), tmp_path_factory.mktemp("asked")
+    c.data.world.update({"users": 40, "titles": 60, "series": 12, "length": 10})
+    c.data.core_item, c.data.windows, c.data.held_out_share, c.evaluate.max_generate = 2, True, 0.3, 7
+    runtime.execute(prepare, c, workdir)
+    return c, workdir
+
+
+def test_rows_for_other_systems_do_not_hold_the_target(asked, tmp_path, capsys):
+    config, workdir = asked
+    export.main(config, arguments(workdir, "--format=rows", f"--output={tmp_path / 'out'}"))
+    said = capsys.readouterr().out
+    names = {"rows.jsonl": "catalogue", "windows.jsonl": "windows", "generate.jsonl": "generate"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(names)
+    users = files.read_json(workdir / "prepare" / "users.json")
+    catalogue = Catalogue.load(workdir / "prepare" / "catalogue.jsonl")
+    for name, protocol in names.items():
+        lines, rows = (
+            files.read_jsonl(tmp_path / "out" / name),
+            protocols.rows_of(config, workdir / "prepare", protocol),
+        )
+        assert lines == list(predictions.questions(rows, users, catalogue))
+        assert not any("target" in key for line in lines for key in line)
+        assert f"{len(rows)} in {name}" in said
+    assert len(files.read_jsonl(tmp_path / "out" / "generate.jsonl")) == 7
+
+
+def test_recbole_trains_on_held_out_rows_too(asked, tmp_path):
+    config, workdir = asked
+    export.main(config, arguments(workdir, "--format=recbole", f"--output={tmp_path / 'mt'}"))
+    sizes = {
+        name: len(store.read(workdir / "prepare" / "dataset", name)) for name in ("train", "held_out", "validation")
+    }
+    assert sizes["held_out"] > 0
+
+    def lines(name):
+        return (tmp_path / "mt" / name).read_text("utf-8").splitlines()[1:]
+
+    assert len(lines("mt.train.inter")) == sizes["train"] + sizes["held_out"]
+    assert len(lines("mt.valid.inter")) == sizes["validation"]
+    rows = files.read_jsonl(workdir / "prepare" / "catalogue.jsonl")
+    assert [line.split("\t")[0] for line in lines("mt.item")] == [row["id"] for row in rows]
+    test = store.read(workdir / "prepare" / "dataset", "test")
+    assert [line.split("\t")[2] for line in lines("mt.test.inter")] == [rows[item]["id"] for item in test.target_E]
+
+
+def test_recbole_cannot_start_from_nothing(asked, tmp_path):
+    config = default()
+    config.data.update(asked[0].data)
+    config.data.min_history = 0
+    runtime.execute(prepare, config, tmp_path / "run")
+    with pytest.raises(UserError, match=r"data\.min_history=1"):
+        export.main(config, arguments(tmp_path / "run", "--format=recbole", f"--output={tmp_path / 'mt'}"))
+    assert not (tmp_path / "mt").exists()
+
+
+def test_trec_runs_of_all_that_was_evaluated(asked, tmp_path, capsys):
+    config, workdir = asked
+    words = ["--format=trec", f"--output={tmp_path / 'out'}"]
+    with pytest.raises(UserError, match="evaluate: not complete; run `rosepo evaluate"):
+        export.main(config, arguments(workdir, *words))
+    users = files.read_json(workdir / "prepare" / "users.json")
+    catalogue = Catalogue.load(workdir / "prepare" / "catalogue.jsonl")
+    reciprocal = {}
+    for protocol, model in (("candidates", "sft"), ("candidates", "aligned"), ("generate", "my.model")):
+        rows = protocols.rows_of(config, workdir / "prepare", protocol)
+        score_ExC = np.random.default_rng(len(model)).standard_normal(rows.candidates_ExC.shape)
+        answers = Answers(metrics.ranking(score_ExC, rows.candidates_ExC), -np.sort(-score_ExC, axis=1))
+        path = workdir / "evaluate" / "predictions" / f"{protocol}.{model}.jsonl"
+        predictions.write(path, rows, answers, users, catalogue)
+        rank_E = metrics.target_rank(answers.ranked_ExK, rows.target_E, catalogue.title_group_I)
+        reciprocal[protocol, model] = metrics.reciprocal_rank(rank_E).tolist()
+    files.write_json(workdir / "evaluate" / runtime.MANIFEST, {})
+    export.main(config, arguments(workdir, *words))
+    assert "3 runs, 2 qrels" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").iterdir())) == 5
+    for (protocol, model), expected in reciprocal.items():
+        wanted = dict(line.split()[::2] for line in (tmp_path / "out" / f"{protocol}.qrels").read_text().splitlines())
+        places = dict.fromkeys(wanted)
+        for line in (tmp_path / "out" / f"{protocol}.{model}.run").read_text().splitlines():
+            qid, _, docno, place, _, tag = line.split()
+            assert tag == model
+            if wanted[qid] == docno:
+                places[qid] = int(place)
+        assert [1 / place for place in places.values()] == expected
+
+
+@pytest.mark.parametrize("format", ["rows", "recbole", "trec"])
+def test_no_output_takes_the_place_of_another(asked, tmp_path, format):
+    config, workdir = asked
+    files.write_json(workdir / "evaluate" / runtime.MANIFEST, {})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(UserError, match="not an empty directory"):
+        export.main(config, arguments(workdir, f"--format={format}", f"--output={tmp_path / 'out'}"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
+    if format == "recbole":
+        with pytest.raises(UserError, match="--output: 'my data' is not a plain name"):
+            export.main(config, arguments(workdir, "--format=recbole", f"--output={tmp_path / 'my data'}"))
+    with pytest.raises(UserError, match="prepare" if format != "trec" else "evaluate"):
+        export.main(config, arguments(tmp_path, f"--format={format}", f"--output={tmp_path / 'other'}"))

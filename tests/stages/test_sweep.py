@@ -168,3 +168,30 @@ def test_a_wrong_key_is_refused_before_anything_runs(runs, capsys):
     assert rosepo_sweep("--sweep=align.bta=0.1") == 2
     assert "did you mean align.beta" in capsys.readouterr().err
     assert runs == []
+
+
+def test_runs_that_differ_in_their_seed_alone_are_averaged():
+    def row(beta, seed, hr1, error=None):
+        figures = {"validation_hr1": hr1 - 0.1, "hr1": hr1, "over_sft": None, "ndcg5": None, "true_win_rate": None}
+        return {"run": f"{beta}-{seed}", "settings": {"align.beta": beta, "seed": seed}, "error": error, **figures}
+
+    rows = [row(0.1, 1, 0.30), row(0.1, 0, 0.34), row(0.5, 0, 0.50), row(0.5, 1, 0.54), row(0.5, 2, 0.0, "unlucky")]
+    groups = sweep.over_seeds(rows)
+    assert [(group["settings"], group["seeds"]) for group in groups] == [
+        ({"align.beta": 0.5}, [0, 1]),
+        ({"align.beta": 0.1}, [0, 1]),
+    ]
+    assert groups[1]["hr1"]["mean"] == pytest.approx(0.32) and groups[1]["hr1"]["sd"] == pytest.approx(0.02 * 2**0.5)
+    assert groups[1]["hr1"]["values"] == {0: 0.34, 1: 0.30} and groups[0]["ndcg5"] is None
+    assert sweep.seeds_table(groups).splitlines()[2].split() == [
+        "0.5",
+        "0",
+        "1",
+        "0.4200",
+        "±",
+        "0.0283",
+        "0.5200",
+        "±",
+        "0.0283",
+    ]
+    assert sweep.over_seeds([{**rows[0], "settings": {"align.beta": 0.1}}]) == []
