@@ -165,7 +165,8 @@ def variant(c: ConfigDict, arg: str) -> ConfigDict:
     c.sft.batch_size, c.sft.accumulate, c.sft.length, c.sft.validate = 16, 1, "20 steps", "50 %"
     c.align.batch_size, c.align.accumulate, c.align.length, c.align.validate = 16, 1, "8 steps", "50 %"
     c.pairs.max_rows, c.pairs.batch_size = 64, 64
-    c.evaluate.batch_size, c.evaluate.bootstrap, c.evaluate.max_generate, c.evaluate.probe_rows = 64, 100, 8, 16
+    c.evaluate.batch_size, c.evaluate.bootstrap, c.evaluate.budget = 64, 100, 40
+    c.evaluate.max_generate, c.evaluate.probe_rows = 8, 16
     c.checkpoint.every = "25 %"
     c.log.every = 1
     return c
@@ -184,6 +185,7 @@ MACHINES = {
 PUBLISHED = {
     "movielens": ("llara", "data/llara-movielens", "movies", 32, "llara-movielens"),
     "lastfm": ("llara", "data/llara-lastfm", "music", 96, "llara-lastfm"),
+    "sdpo": ("llara", "data/sdpo-lastfm", "sdpo_music", 96, "sdpo-lastfm"),
     "steam": ("llara", "data/llara-steam", "games", 96, "llara-steam"),
     "goodreads": ("sequences", "data/patchrec-goodreads", "books", 96, ""),
 }

@@ -29,7 +29,12 @@ def _logps(lm, params, batch):
 
 def logps(policy: Policy, params: Mapping[str, jax.Array], batch: Mapping[str, np.ndarray]) -> np.ndarray:
     """logps_BxR of one encoded batch."""
-    return sharding.to_host(_logps(policy.lm, params, sharding.to_device(policy.mesh, batch)))
+    return sharding.to_host(_logps(policy.lm, params, to_device(policy, batch)))
+
+
+def to_device(policy: Policy, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Every host has encoded the whole batch, so that all agree on its widths, and hands over its own rows."""
+    return sharding.to_device(policy.mesh, {name: x[batches.mine(len(x))] for name, x in batch.items()})
 
 
 def item_scores(
@@ -100,7 +105,7 @@ def catalogue_top(
             batch = prompt_batch(policy, catalogue, rows, index) | {name: x[index] for name, x in known.items()}
             if excluded_ExX is not None:
                 batch["excluded_BxX"] = excluded_ExX[index]
-            result = find(policy.lm, params, trie, **sharding.to_device(policy.mesh, batch))
+            result = find(policy.lm, params, trie, **to_device(policy, batch))
             for kept, value in zip(top, result):
                 kept[index[real]] = sharding.to_host(value)[real]
 
@@ -121,7 +126,7 @@ def greedy_texts(
     """Free greedy text of each row, and whether it ended by itself."""
     texts: list[tuple[str, bool]] = []
     for block, real in batches.blocks(len(rows), batch_size):
-        batch = sharding.to_device(policy.mesh, prompt_batch(policy, catalogue, rows, block))
+        batch = to_device(policy, prompt_batch(policy, catalogue, rows, block))
         eos = policy.encoder.eos
         tokens_BxT, _ = greedy(policy.lm, params, **batch, max_tokens=max_tokens, eos=eos)
         for tokens in sharding.to_host(tokens_BxT)[real]:

@@ -48,6 +48,7 @@ def main(config: ConfigDict, args: argparse.Namespace) -> int:
     top = rank.catalogue_top(
         model, model.params, catalogue, TitleTable(model.encoder, catalogue.titles), rows,
         beams=max(config.evaluate.beams, 2 * k), k=k, batch_size=ways, excluded_ExX=excluded,
+        budget=config.evaluate.budget,
     )  # fmt: skip
     found = [
         {"rank": number, "item": catalogue.ids[item], "title": catalogue.titles[item], "score": round(float(score), 4)}

@@ -134,5 +134,5 @@ def test_a_small_run_needs_no_published_weights_and_no_special_hardware(name):
 
 @pytest.mark.parametrize("words", ["h100-1,h200-1", "steam,movielens", "full,h100", "h100-1:full"])
 def test_words_that_mean_nothing_are_refused(words):
-    with pytest.raises(UserError, match=r"h100-8 \| .*movielens \| lastfm \| steam"):
+    with pytest.raises(UserError, match=r"h100-8 \| .*movielens \| lastfm \| sdpo \| steam"):
         configuration.load(spec("qwen3_4b", words))
