@@ -83,8 +83,17 @@ def compare(runs: Sequence[Run], protocols: Sequence[str] = ()) -> dict:
             for label, group in zip(labels, groups, strict=True)
         ],
     }
+    for entry, group in zip(found["groups"], groups, strict=True):
+        _add_intervals(entry["protocols"], group, shown)
     comparisons, untested = tests(dict(zip(labels, groups, strict=True)), shown)
-    return found | {"comparisons": comparisons, "untested": untested, "notes": [*notes, *remarks]}
+    printed = runs[0].results.get("published")
+    alike = all(run.results.get("published") == printed for run in runs)
+    return found | {
+        "comparisons": comparisons,
+        "untested": untested,
+        "notes": [*notes, *remarks],
+        "published": printed if alike else None,
+    }
 
 
 def refuse_different(runs: Sequence[Run], protocol: str) -> None:
@@ -172,6 +181,20 @@ def _together(cells: Sequence[tuple[int, dict]], seeded: bool) -> dict:
         return first
     over = significance.over_seeds(values)
     return {"value": over["mean"], "sd": over["sd"], "values": over["values"], "n": first.get("n")}
+
+
+def _add_intervals(protocols: Mapping[str, Any], group: Sequence[Run], shown: Sequence[str]) -> None:
+    """Gives means over seeds the interval over users, where prediction files tell the rows: every row its mean."""
+    for protocol in shown:
+        for metric in TESTED.get(protocol, ()):
+            for model in BETWEEN:
+                cell = protocols[protocol].get(model, {}).get(metric, {})
+                ranks = [run.rank.get((protocol, model)) for run in group]
+                if cell.get("values") and all(ranks):
+                    values = _by_row(ranks, metric, protocol, group)
+                    users = np.array([user for _, user, *_ in values])
+                    resamples = _resamples({"": group})
+                    cell["ci95"] = list(significance.mean_interval(np.array([*values.values()]), users, resamples))
 
 
 # ---- tests between groups --------------------------------------------------------------------------------------------
@@ -361,6 +384,7 @@ def html(found: Mapping[str, Any]) -> str:
     ]
     sections = {
         "Paired tests": page.comparisons(found["comparisons"], _about(groups)) + page.listed(found["untested"]),
+        "Beside published figures": _published(found),
         "All metrics": "".join(_metrics(found, name) for name in found["protocols"]),
         "Runs": page.table(["group", "run", "seed", *found["settings"]], runs, css="facts"),
         "Protocols": page.table(
@@ -402,8 +426,20 @@ def _plot(found: Mapping[str, Any]) -> str:
                     labels[key] = textwrap.fill(f"{report.name(model)}, {label}", 32)
     svg = plots.intervals(panels, labels, "Dots, one a model and group of runs", colours)
     return page.figure(
-        svg, "Bars: 95 % intervals of single runs. Small dots: single seeds, large dots: their means.", "panels wide"
+        svg, "Bars: 95 % intervals over users. Small dots: single seeds, large dots: their means.", "panels wide"
     )
+
+
+def _published(found: Mapping[str, Any]) -> str:
+    """The published table that all runs stand beside, if there is one, and every group's figures."""
+    ours = {}
+    for group in found["groups"]:
+        results = {"protocols": {name: {"models": models} for name, models in group["protocols"].items()}}
+        ours[group["label"]] = [
+            [model, _cell(hits, hits["n"]), _cell(valid, valid["n"]) if valid else "-", report.number(hits["n"]), how]
+            for model, how, hits, valid in report.published_rows(results)
+        ]
+    return page.published(found["published"], ours) if found["published"] else ""
 
 
 def _metrics(found: Mapping[str, Any], protocol: str) -> str:
@@ -428,11 +464,14 @@ def _cell(cell: Mapping[str, Any], n: int) -> str:
     if not cell.get("values"):
         return page.figures(cell, n)
     seeds = " · ".join(map(report.number, cell["values"].values()))
-    return page.Html(f"{_mean(cell)} <small>{seeds}</small>{page.own_n(cell, n)}".replace("-", "−"))
+    bounds = "[{}, {}] ".format(*map(report.number, cell["ci95"])) if cell.get("ci95") else ""
+    return page.Html(f"{_mean(cell)} <small>{bounds}{seeds}</small>{page.own_n(cell, n)}".replace("-", "−"))
 
 
 def _figure(cell: Mapping[str, Any]) -> str:
-    return report.interval(cell) if not cell.get("values") else _mean(cell)
+    if not cell.get("values"):
+        return report.interval(cell)
+    return _mean(cell) + (" [{}, {}]".format(*map(report.number, cell["ci95"])) if cell.get("ci95") else "")
 
 
 def _value(cell: Mapping[str, Any]) -> str:

@@ -156,18 +156,21 @@ def _plot(results: Mapping[str, Any]) -> str:
 
 def _published(results: Mapping[str, Any]) -> str:
     printed = results.get("published")
-    if not printed:
-        return ""
+    ours = [
+        [model, figures(hits), figures(valid), number(hits.get("n")), how]
+        for model, how, hits, valid in report.published_rows(results)
+    ]
+    return published(printed, {"This run": ours}) if printed else ""
+
+
+def published(printed: Mapping[str, Any], ours: Mapping[str, Sequence[Sequence[str]]]) -> str:
+    """A published table as printed, then `ours`: title -> rows of model, HR@1, valid ratio, n and how it was asked."""
     theirs = [
         [row["model"], figures(hits := as_cell(row.get("HR@1"))), figures(as_cell(row.get("valid_ratio"))),
          number(hits.get("n")), row.get("source", "")]
         for row in printed["rows"]
     ]  # fmt: skip
-    ours = [
-        [model, figures(hits), figures(valid), number(hits.get("n")), how]
-        for model, how, hits, valid in report.published_rows(results)
-    ]
-    bodies = {f"{printed['title']}, as printed (n = {number(printed['n'])})": theirs, "This run": ours}
+    bodies = {f"{printed['title']}, as printed (n = {number(printed['n'])})": theirs, **ours}
     caption = "Not one experiment: other candidate lists, other sizes of models. No brackets: no share of n rows."
     return (
         f"<p>{escape(printed.get('how', ''))}</p>\n"

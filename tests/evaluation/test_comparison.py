@@ -7,9 +7,9 @@ import pytest
 from reported import cell
 
 from rosepo_jax.errors import UserError
-from rosepo_jax.evaluation import comparison, significance
+from rosepo_jax.evaluation import comparison, published, significance
 
-USERS = 40
+USERS, RESAMPLES = 40, 100
 
 
 def protocol(hits, hash="c4nd", space="5pace", **models):
@@ -31,7 +31,7 @@ def run(name, hits=20, seed=0, beta=0.1, protocols=None, **settings):
     return comparison.Run(
         name=name,
         seed=seed,
-        settings={"align.beta": beta, "evaluate.bootstrap": 100, **settings},
+        settings={"align.beta": beta, "evaluate.bootstrap": RESAMPLES, **settings},
         results={"protocols": {"candidates": protocol(hits)} if protocols is None else protocols},
         rank={("candidates", "aligned"): ranks(hits), ("candidates", "sft"): ranks(10)},
     )
@@ -44,7 +44,10 @@ def test_runs_that_differ_in_their_seed_are_one_group_with_every_value():
         ("beta=0.3", ["c"], [0]),
     ]
     together, alone = (g["protocols"]["candidates"]["aligned"]["HR@1"] for g in found["groups"])
+    interval = together.pop("ci95")
     assert together == {"value": 0.575, "sd": pytest.approx(0.15 / 2**0.5), "values": {0: 0.5, 7: 0.65}, "n": USERS}
+    mean_E = np.mean([np.arange(USERS) < hits for hits in (20, 26)], axis=0)  # of a user, over the seeds
+    assert interval == list(significance.mean_interval(mean_E, [f"u{u}" for u in range(USERS)], RESAMPLES))
     assert alone == cell(0.5, USERS)
     assert found["settings"] == ["align.beta"]
 
@@ -54,7 +57,8 @@ def test_floors_keep_their_interval_and_trained_models_their_seeds():
     runs = [run(n, 20, seed, protocols={"candidates": protocol(20, **floors[seed])}) for seed, n in enumerate("ab")]
     found = comparison.compare(runs)["groups"][0]["protocols"]["candidates"]
     assert found["popularity"]["HR@1"] == floors[0]["popularity"]["HR@1"]
-    assert found["aligned"]["HR@1"] == {"value": 0.5, "sd": 0.0, "values": {0: 0.5, 1: 0.5}, "n": USERS}
+    aligned = found["aligned"]["HR@1"]
+    assert (aligned["value"], aligned["sd"], aligned["values"]) == (0.5, 0.0, {0: 0.5, 1: 0.5})
 
 
 def test_a_seed_that_comes_twice_starts_another_group():
@@ -186,3 +190,15 @@ def test_text_shows_means_seeds_and_what_is_the_same_once():
         sum(line.startswith("aligned [beta=0.3] - aligned [beta=0.1], HR@1 (candidates): +0.175 [") for line in lines)
         == 1
     )
+
+
+def test_a_published_table_stands_beside_runs_that_all_stand_beside_it():
+    printed = published.table("llara-lastfm")
+
+    def page(*tables):
+        runs = [run(name, 20, seed) for seed, name in enumerate("ab")]
+        runs = [dataclasses.replace(r, results={**r.results, "published": t}) for r, t in zip(runs, tables)]
+        return comparison.html(comparison.compare(runs))
+
+    assert "LLaRA (SASRec)" in page(printed, printed) and "0.451" in page(printed, printed)
+    assert "LLaRA (SASRec)" not in page(printed, None)
