@@ -56,8 +56,8 @@ def test_sweeps_are_over_beta_and_smoothing(name):
             configuration.override(config, key, value)
 
 
-def rosepo(verb, name, folder, workdir):
-    words = [f"--config={spec(name, 'smoke')}", f"--workdir={workdir}", f"--config.data.path={folder}"]
+def rosepo(verb, name, folder, workdir, argument="smoke"):
+    words = [f"--config={spec(name, argument)}", f"--workdir={workdir}", f"--config.data.path={folder}"]
     done = subprocess.run(
         [sys.executable, "-m", "rosepo_jax", verb, *words],
         cwd=workdir.parent,
@@ -82,12 +82,18 @@ def test_prepare_reads_the_real_log(real_data, tmp_path, name):
 
 
 @pytest.mark.real_data
-def test_a_whole_run_on_a_real_log(real_data, tmp_path):
-    rosepo("run", "lastfm", real_data / LOGS["lastfm"][0], tmp_path / "run")
+def test_a_whole_run_on_a_real_log_by_a_published_protocol(real_data, tmp_path):
+    """Prompts that list their candidates, free answers, all steps of the test users, the published table beside them."""
+    rosepo("run", "lastfm", real_data / LOGS["lastfm"][0], tmp_path / "run", "listed,smoke")
     results = json.loads((tmp_path / "run" / "evaluate" / "results.json").read_text("utf-8"))
-    for protocol in ("candidates", "catalogue", "generate"):
-        assert {"sft", "sft_more", "aligned"} <= set(results["protocols"][protocol]["models"])
-    assert (tmp_path / "run" / "report" / "report.html").stat().st_size > 10_000
+    assert results["protocols"].keys() == {"candidates", "windows", "generate"}
+    for protocol in results["protocols"].values():
+        assert {"sft", "sft_more", "aligned"} <= set(protocol["models"])
+    assert "substring_HR@1" in results["protocols"]["generate"]["models"]["aligned"]
+    assert len(results["probes"]["aligned"]["order"]["HR@1"]) == 4 and results["published"]["n"] == 122
+    assert any("drawn afresh" in sentence for sentence in results["defects"])
+    page = (tmp_path / "run" / "report" / "report.html").read_text("utf-8")
+    assert "LLaRA (SASRec)" in page and "drawn afresh" in page
 
 
 def test_every_config_with_a_log_is_run_here():
