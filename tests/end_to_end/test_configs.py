@@ -83,7 +83,7 @@ def test_prepare_reads_the_real_log(real_data, tmp_path, name):
 
 @pytest.mark.real_data
 def test_a_whole_run_on_a_real_log_by_a_published_protocol(real_data, tmp_path):
-    """Prompts that list their candidates, free answers, all steps of the test users, the published table beside them."""
+    """Prompts that list their candidates, free answers, all steps of the test users, the published table beside."""
     rosepo("run", "lastfm", real_data / LOGS["lastfm"][0], tmp_path / "run", "listed,smoke")
     results = json.loads((tmp_path / "run" / "evaluate" / "results.json").read_text("utf-8"))
     assert results["protocols"].keys() == {"candidates", "windows", "generate"}
