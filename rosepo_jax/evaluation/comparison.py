@@ -68,7 +68,8 @@ def compare(runs: Sequence[Run], protocols: Sequence[str] = ()) -> dict:
     groups = grouped(runs)
     labels = labelled(groups, differing)
     notes = [f"{run.name} has no {name} protocol." for name in shown for run in runs if not run.has(name)]
-    spaces, remarks = semantic_spaces(runs, shown)
+    by_label = dict(zip(labels, groups, strict=True))
+    spaces, remarks = semantic_spaces(by_label, shown)
     found = {
         "protocols": {name: _protocol(runs, name) for name in shown},
         "settings": differing,
@@ -85,7 +86,7 @@ def compare(runs: Sequence[Run], protocols: Sequence[str] = ()) -> dict:
     }
     for entry, group in zip(found["groups"], groups, strict=True):
         _add_intervals(entry["protocols"], group, shown)
-    comparisons, untested = tests(dict(zip(labels, groups, strict=True)), shown)
+    comparisons, untested = tests(by_label, shown)
     printed = runs[0].results.get("published")
     alike = all(run.results.get("published") == printed for run in runs)
     return found | {
@@ -125,6 +126,8 @@ def labelled(groups: Sequence[Sequence[Run]], differing: Sequence[str]) -> list[
     """The settings that differ, as short as they are clear; names of folders where they say nothing."""
     last = [key.rpartition(".")[2] for key in differing]
     short = {key: word if last.count(word) == 1 else key for key, word in zip(differing, last)}
+    if len(groups) == 1:
+        return [f"{len(groups[0])} seeds"]
     labels = [", ".join(f"{short[key]}={_shown(group[0].settings.get(key))}" for key in differing) for group in groups]
     return [
         label if label and labels.count(label) == 1 else ", ".join(filter(None, [label, *(run.name for run in group)]))
@@ -132,18 +135,25 @@ def labelled(groups: Sequence[Sequence[Run]], differing: Sequence[str]) -> list[
     ]
 
 
-def semantic_spaces(runs: Sequence[Run], protocols: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
-    """The space in which semantic metrics of a protocol are compared, that of most runs; and why others show none.
+Space = tuple[str, ...]  # whose title vectors the runs of a group are measured with, in the order of their seeds
 
-    None where no two of several runs share one.
+
+def semantic_spaces(
+    groups: Mapping[str, Sequence[Run]], protocols: Sequence[str]
+) -> tuple[dict[str, Space | None], list[str]]:
+    """The spaces in which semantic metrics of a protocol are compared, those of most groups; why others show none.
+
+    Every seed is measured with the title vectors of its own SFT model. None where no two of several groups agree.
     """
-    spaces: dict[str, str | None] = {}
+    spaces: dict[str, Space | None] = {}
     outside: dict[str, list[str]] = {}
     for protocol in protocols:
-        used = {r.name: r.results["protocols"][protocol].get("semantic_space") for r in runs if r.has(protocol)}
+        used = {
+            label: _space(group, protocol) for label, group in groups.items() if any(r.has(protocol) for r in group)
+        }
         (space, times), *_ = [*collections.Counter(filter(None, used.values())).most_common(1), (None, 0)]
         spaces[protocol] = space if times > 1 or len(used) == 1 else None
-        if others := [run for run, its in used.items() if its is None or its != spaces[protocol]]:
+        if others := [label for label, its in used.items() if its is None or its != spaces[protocol]]:
             outside.setdefault(", ".join(others), []).append(protocol)
     remarks = [
         f"Semantic metrics ({', '.join(map(report.words, SEMANTIC))}) are not compared for {names} "
@@ -153,18 +163,24 @@ def semantic_spaces(runs: Sequence[Run], protocols: Sequence[str]) -> tuple[dict
     return spaces, remarks
 
 
+def _space(group: Sequence[Run], protocol: str) -> Space | None:
+    having = sorted((run for run in group if run.has(protocol)), key=lambda run: run.seed)
+    used = [run.results["protocols"][protocol].get("semantic_space") for run in having]
+    return None if None in used else tuple(used[:1] if len(set(used)) == 1 else used)
+
+
 def _protocol(runs: Sequence[Run], name: str) -> dict:
     found = next(run.results["protocols"][name] for run in runs if run.has(name))
     return {key: value for key, value in found.items() if key not in ("models", "semantic_space")}
 
 
-def _figures(group: Sequence[Run], protocol: str, space: str | None) -> dict[str, dict[str, dict]]:
+def _figures(group: Sequence[Run], protocol: str, space: Space | None) -> dict[str, dict[str, dict]]:
     """[model][metric] of a group: the cell of its only run, else {"value": mean, "sd", "values": {seed: value}, "n"}.
 
     Where no seed changes a figure that depends on none, its cell stays as it is.
     """
     having = [run for run in group if run.has(protocol)]
-    same_space = space and all(run.results["protocols"][protocol].get("semantic_space") == space for run in having)
+    same_space = space is not None and space == _space(group, protocol)
     named = (run.results["protocols"][protocol]["models"].items() for run in having)
     found: dict[str, dict[str, dict]] = {}
     for model, metric in dict.fromkeys((model, metric) for rows in named for model, row in rows for metric in row):

@@ -119,13 +119,32 @@ def test_semantic_metrics_are_compared_in_one_space_only():
     found = comparison.compare([run("a"), run("b", beta=0.3), run("c", beta=1.0, protocols=other)])
     shown = ["semantic_error_rate" in group["protocols"]["candidates"]["aligned"] for group in found["groups"]]
     assert shown == [True, True, False]
-    assert any("not compared for c (candidates)" in note for note in found["notes"])
+    assert any("not compared for beta=1.0 (candidates)" in note for note in found["notes"])
     floors = {model: row[0][1] for model, row in comparison.lines(found).items() if row[0][0] == comparison.SAME}
     assert [bool(cell) for cell in floors["popularity"]] == [True, False]  # HR@1, semantic error rate
     found = comparison.compare([run("a"), run("c", beta=1.0, protocols=other)])  # no two share a space
     assert not any("semantic_error_rate" in group["protocols"]["candidates"]["sft"] for group in found["groups"])
-    assert any("not compared for a, c (candidates)" in note for note in found["notes"])
+    assert any("not compared for beta=0.1, beta=1.0 (candidates)" in note for note in found["notes"])
     assert comparison.compare([run("a"), run("b", beta=0.3)])["notes"] == []
+
+
+def test_seeds_are_measured_each_in_the_space_of_its_own():
+    """Two betas on the same two SFT models can be compared; another SFT model for one of the seeds cannot."""
+
+    def two(name, beta, *spaces):
+        return [
+            run(f"{name}{seed}", 20, seed, beta, protocols={"candidates": protocol(20, space=space)})
+            for seed, space in enumerate(spaces)
+        ]
+
+    def shown(*runs):
+        groups = comparison.compare(runs)["groups"]
+        return [group["protocols"]["candidates"]["aligned"].get("semantic_error_rate") for group in groups]
+
+    assert all(shown(*two("a", 0.1, "x", "y"), *two("b", 0.3, "x", "y")))
+    assert not any(shown(*two("a", 0.1, "x", "y"), *two("b", 0.3, "x", "z")))
+    alone = comparison.compare(two("a", 0.1, "x", "y"))
+    assert alone["notes"] == [] and [group["label"] for group in alone["groups"]] == ["2 seeds"]
 
 
 def test_tests_are_those_of_the_paired_rows():
