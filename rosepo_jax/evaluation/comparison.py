@@ -385,7 +385,7 @@ def html(found: Mapping[str, Any]) -> str:
             ]
             bodies.setdefault(title, []).append([first, *shown])
     header = ["settings that differ", *(page.under(report.words(metric), protocol) for protocol, metric in places)]
-    caption = "In brackets: 95 % intervals over users. ±: standard deviation over seeds; below it, every seed's value."
+    caption = "In brackets: 95 % intervals over users. ±: standard deviation over seeds, whose values are further down."
     facts = {"runs": sum(len(group["runs"]) for group in groups), "groups": len(groups)}
     lead = (
         page.asked(found["protocols"], "Every run")
@@ -465,7 +465,8 @@ def _metrics(found: Mapping[str, Any], protocol: str) -> str:
     n = found["protocols"][protocol]["n"]
     bodies = {
         title: [
-            [report.words(metric), *(_cell(column.get(metric, {}), n) for column in found_by_group)] for metric in row
+            [report.words(metric), *(_cell(column.get(metric, {}), n, with_seeds=True) for column in found_by_group)]
+            for metric in row
         ]
         for title, row in report.grouped(
             dict.fromkeys(metric for column in found_by_group for metric in column)
@@ -475,13 +476,13 @@ def _metrics(found: Mapping[str, Any], protocol: str) -> str:
     return f"<h3>{escape(protocol)}</h3>\n{table}" if table else ""
 
 
-def _cell(cell: Mapping[str, Any], n: int) -> str:
-    """As in the page of a run; of several seeds mean, standard deviation and every value."""
+def _cell(cell: Mapping[str, Any], n: int, with_seeds: bool = False) -> str:
+    """As in the page of a run; of several seeds mean, standard deviation, the interval if there is one, every value."""
     if not cell.get("values"):
         return page.figures(cell, n)
-    seeds = " · ".join(map(report.number, cell["values"].values()))
-    bounds = "[{}, {}] ".format(*map(report.number, cell["ci95"])) if cell.get("ci95") else ""
-    return page.Html(f"{_mean(cell)} <small>{bounds}{seeds}</small>{page.own_n(cell, n)}".replace("-", "−"))
+    bounds = "<small>[{}, {}]</small> ".format(*map(report.number, cell["ci95"])) if cell.get("ci95") else ""
+    seeds = f"<small>{' · '.join(map(report.number, cell['values'].values()))}</small>" if with_seeds else ""
+    return page.Html(f"{_mean(cell)} {bounds}{seeds}{page.own_n(cell, n)}".replace("-", "−"))
 
 
 def _figure(cell: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ def test_runs_are_compared_by_the_command_line(tmp_path, capsys):
     assert first["n"] == 40
     page = (output / "comparison.html").read_text("utf-8")
     assert (
-        re.search(r"0\.575 ± 0\.106 <small>\[0\.4\d\d, 0\.\d{3}\] 0\.500 · 0\.650</small>", page)
+        re.search(r"0\.575 ± 0\.106 <small>\[0\.4\d\d, 0\.\d{3}\]</small> <small>0\.500 · 0\.650</small>", page)
         and page.count("<svg") == 2
     )
     printed = capsys.readouterr().out
