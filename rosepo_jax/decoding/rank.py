@@ -62,15 +62,11 @@ def item_scores(
 
 
 class Top(NamedTuple):
-    """The k best catalogue items of each row: items [E, k] (-1: none), scores [E, k], certified [E].
-
-    completed [E]: the rows among the certified that the beam had left open.
-    """
+    """The k best catalogue items of each row: items [E, k] (-1: none), scores [E, k], certified [E]."""
 
     items: np.ndarray
     scores: np.ndarray
     certified: np.ndarray
-    completed: np.ndarray
 
 
 def catalogue_top(
@@ -96,7 +92,6 @@ def catalogue_top(
         np.full((len(rows), k), -1, np.int32),
         np.full((len(rows), k), -np.inf, np.float32),
         np.zeros(len(rows), bool),
-        np.zeros(len(rows), bool),
     )
 
     def search(index_E: np.ndarray, find, **known: np.ndarray) -> None:
@@ -110,14 +105,13 @@ def catalogue_top(
                 kept[index[real]] = sharding.to_host(value)[real]
 
     search(np.arange(len(rows)), functools.partial(beam_search, beams=beams, k=k))
-    is_open_E = ~top.certified
     if budget:
         # The lower the k-th result, the longer the search: rows of a batch should take equally long.
-        index_E = np.flatnonzero(is_open_E)
+        index_E = np.flatnonzero(~top.certified)
         index_E = index_E[np.argsort(-top.scores[index_E, -1], kind="stable")]
         complete = functools.partial(best_first, lines=beams, budget=budget)
         search(index_E, complete, items_Bxk=top.items, scores_Bxk=top.scores)
-    return top._replace(completed=is_open_E & top.certified)
+    return top
 
 
 def greedy_texts(

@@ -35,13 +35,6 @@ class Trie:
     eos: int
     branching: tuple[int, ...]
 
-    @property
-    def duplicates(self) -> list[tuple[int, ...]]:
-        """Groups of items that share all their tokens; decoding returns the first of each."""
-        order = np.argsort(self.rank_I, kind="stable")
-        groups = np.split(order, np.flatnonzero(np.diff(np.asarray(self.rank_I)[order])) + 1)
-        return [tuple(group.tolist()) for group in groups if len(group) > 1]
-
 
 jax.tree_util.register_dataclass(
     Trie,

@@ -241,10 +241,7 @@ def tests(groups: Mapping[str, Sequence[Run]], protocols: Sequence[str]) -> tupl
                         alike[f"{metric} ({protocol})"] += 1
                     else:
                         found.append({"protocol": protocol, "metric": metric, "a": _who(a), "b": _who(b)} | test)
-    tested = [row for row in found if row["p"] is not None]
-    p = [row["p"] for row in tested]
-    for row, holm, bh in zip(tested, significance.holm(p), significance.benjamini_hochberg(p)):
-        row |= {"p_holm": holm, "q_bh": bh}
+    significance.add_adjusted(found)
     return found, [
         f"{metric}: {count} of the pairs of models agree in every row, so there is nothing to test."
         for metric, count in alike.items()

@@ -166,6 +166,14 @@ def benjamini_hochberg(p: Sequence[float]) -> list[float]:
     return adjusted_M.tolist()
 
 
+def add_adjusted(comparisons: Sequence[dict]) -> None:
+    """Gives every comparison that has a "p" its "p_holm" and "q_bh" over all of them."""
+    tested = [row for row in comparisons if row["p"] is not None]
+    p = [row["p"] for row in tested]
+    for row, family_wise, discovery in zip(tested, holm(p), benjamini_hochberg(p)):
+        row |= {"p_holm": family_wise, "q_bh": discovery}
+
+
 def detectable(difference_E: np.ndarray, user_E: np.ndarray) -> float | None:
     """The smallest true mean difference that a two-sided test at 5 % finds in four of five such experiments.
 

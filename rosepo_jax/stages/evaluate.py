@@ -150,8 +150,5 @@ def compare(config: ConfigDict, by_row: dict, user_E: dict[str, np.ndarray]) -> 
                     config.seed,
                 )
                 found.append({"protocol": protocol, "metric": metric, "a": "aligned", "b": other} | test)
-    tested = [row for row in found if row["p"] is not None]
-    p = [row["p"] for row in tested]
-    for row, holm, bh in zip(tested, significance.holm(p), significance.benjamini_hochberg(p)):
-        row |= {"p_holm": holm, "q_bh": bh}
+    significance.add_adjusted(found)
     return found

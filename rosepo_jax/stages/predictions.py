@@ -140,9 +140,7 @@ def compare(
         for model, values in others.items()
         if metric in by_row and metric in values
     ]
-    p = [row["p"] for row in found]
-    for row, holm, bh in zip(found, significance.holm(p), significance.benjamini_hochberg(p)):
-        row |= {"p_holm": holm, "q_bh": bh}
+    significance.add_adjusted(found)
     return found
 
 

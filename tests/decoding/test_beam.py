@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import (
     EOS,
+    SMALL,
     VOCABULARY,
     ToyModel,
     assert_is,
@@ -63,18 +64,7 @@ def test_the_certificate_says_no_when_the_beam_misses_the_best():
 
 
 @pytest.mark.parametrize("beams", [1, 50])
-@pytest.mark.parametrize(
-    "titles",
-    [
-        [[3, EOS]],
-        [[EOS]],
-        [[EOS], [2, EOS]],
-        [[1, 2, EOS], [1, 2, 3, EOS]],
-        [[1, 2, 3, EOS], [1, 2, EOS], [1, 2, 3, EOS], [1, 2, EOS]],
-        [[4, 4, 4, 4, EOS], [5, EOS]],
-    ],
-    ids=["one item", "an empty title", "empty and not", "Alien and Aliens", "duplicates", "long and short"],
-)
+@pytest.mark.parametrize("titles", SMALL.values(), ids=SMALL)
 def test_small_catalogues(titles, beams):
     """Fewer titles than beams and than k."""
     params = random_params(np.random.default_rng(3), VOCABULARY)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import (
     EOS,
+    SMALL,
     VOCABULARY,
     ToyModel,
     assert_is,
@@ -83,18 +84,7 @@ def test_every_row_equals_brute_force(seed, banned, after_beams):
     assert found.certified_B.all()
 
 
-@pytest.mark.parametrize(
-    "titles",
-    [
-        [[3, EOS]],
-        [[EOS]],
-        [[EOS], [2, EOS]],
-        [[1, 2, EOS], [1, 2, 3, EOS]],
-        [[1, 2, 3, EOS], [1, 2, EOS], [1, 2, 3, EOS], [1, 2, EOS]],
-        [[4, 4, 4, 4, EOS], [5, EOS]],
-    ],
-    ids=["one item", "an empty title", "empty and not", "Alien and Aliens", "duplicates", "long and short"],
-)
+@pytest.mark.parametrize("titles", SMALL.values(), ids=SMALL)
 def test_small_catalogues(titles):
     problem = Problem(3, titles)
     for known in (nothing_known(2), problem.beams()[:2]):

@@ -52,7 +52,7 @@ def test_completion_makes_every_row_exact(encoder):
                 assert_sound(top.items[row], top.scores[row], prompt, params, titles.ids, own)
             assert_is(found.items[row], found.scores[row], brute_force(params, prompt, titles.ids, own))
         assert found.certified.all()
-        assert not beams.completed.any()
-        np.testing.assert_array_equal(found.completed, ~beams.certified)
+        proved = beams.certified  # these rows are left as they are
+        np.testing.assert_array_equal(found.scores[proved], beams.scores[proved])
         opened += np.sum(~beams.certified)
     assert 5 < opened < 3 * ROWS - 5

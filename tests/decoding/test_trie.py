@@ -48,14 +48,13 @@ def test_nodes_are_exactly_the_prefixes(titles):
             children = int(trie.child_start_M1[node + 1] - trie.child_start_M1[node])
             widest[len(prefix)] = max(widest[len(prefix)], children)
     assert trie.branching == tuple(widest)
-    groups = [tuple(i for i, title in enumerate(titles) if title == one) for one in ranked]
-    assert trie.duplicates == [group for group in groups if len(group) > 1]
+    assert trie.rank_I.tolist() == [ranked.index(title) for title in titles]  # equal titles share one
 
 
 def test_prefix_titles_and_duplicates():
     alien, aliens = [5, 6, EOS], [5, 6, 7, EOS]
     trie = compile_trie([aliens, alien, aliens], EOS)
-    assert trie.duplicates == [(0, 2)]
+    assert trie.rank_I.tolist() == [1, 0, 1]
     assert trie.item_M.tolist() == [-1, -1, 1, 0]
     assert trie.token_M.tolist() == [EOS, 5, 6, 7]
     assert trie.branching == (1, 1, 1)

@@ -11,6 +11,14 @@ from rosepo_jax.models.decoder import DecoderConfig, LanguageModel
 from rosepo_jax.preference.logprobs import response_logps
 
 EOS = 0
+SMALL = {  # catalogues of fewer titles than beams and results
+    "one item": [[3, EOS]],
+    "an empty title": [[EOS]],
+    "empty and not": [[EOS], [2, EOS]],
+    "Alien and Aliens": [[1, 2, EOS], [1, 2, 3, EOS]],
+    "duplicates": [[1, 2, 3, EOS], [1, 2, EOS], [1, 2, 3, EOS], [1, 2, EOS]],
+    "long and short": [[4, 4, 4, 4, EOS], [5, EOS]],
+}
 VOCABULARY, DEPTH, NODES = 6, 5, 256  # of random catalogues: tokens, the longest title, nodes of the trie
 
 
