@@ -19,6 +19,7 @@ Tools:
   recommend  top-k titles for a history or a user
   score      log-probability and token count of each response of a JSONL file
   export     a checkpoint as a Hugging Face directory; rows and rankings for other tools
+  compile    the programs of a run, for TPUs and GPUs that are not here: memory, collectives, kernels
   doctor     versions, devices, what is missing and how to get it
 
 `rosepo VERB --help` says more. Every config key, its default and its meaning: rosepo_jax/config.py.
@@ -42,8 +43,9 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 COMMANDS = ("run", "sweep")
-TOOLS = ("recommend", "score", "export", "doctor")
-OF_A_RUN = (*TOOLS, "predictions")  # take the config of the folder that they are given
+TOOLS = ("recommend", "score", "export", "compile", "doctor")
+# Take the config of the folder that they are given.
+OF_A_RUN = ("recommend", "score", "export", "doctor", "predictions")
 DEMO = "configs/demo.py"
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",

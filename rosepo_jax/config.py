@@ -59,7 +59,9 @@ def default() -> ConfigDict:
     m.chat_template = False  # wrap the prompt in the tokenizer's chat template
     m.dtype = "float32"  # compute dtype: float32 | bfloat16 (log-probs and losses are float32 always)
     m.param_dtype = "float32"
-    m.remat = "none"  # none | full | dots: what the backward pass recomputes
+    m.remat = "none"  # none | dots | full: what the backward pass computes again (models/decoder.REMAT)
+    m.attention = "auto"  # of the prompt: auto | xla | cudnn (NVIDIA, bfloat16) | splash (TPU)
+    m.logits_chunk = 0  # response tokens of a prompt whose vocabulary logits exist at a time; 0 = all
     m.tuning = "full"  # full | lora
     m.lora = ConfigDict(
         dict(
@@ -145,7 +147,16 @@ def default() -> ConfigDict:
         )
     )
     c.checkpoint = ConfigDict(dict(every="10 %", keep=2))
-    c.log = ConfigDict(dict(every=10, tensorboard=True))  # every: steps
+    c.log = ConfigDict(
+        dict(
+            every=10,  # steps
+            tensorboard=True,
+            peak_flops=0.0,  # FLOP/s of a device, for mfu; 0 = of training/flops.PEAKS, and no mfu on others
+            profile="",  # "steps:10-15": traces these updates of each training stage, for xprof, into its profile/
+            compilation_cache="auto",  # folder that keeps compiled programs for later runs; "" = none; auto = the
+            # user's own (~/.cache/rosepo_jax), none where a run has several processes
+        )
+    )
     return c
 
 

@@ -5,12 +5,17 @@ grain reads ahead in threads; it decides nothing. The data position of a run is 
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grain
 import jax
 import numpy as np
 
 from rosepo_jax import seeds
+from rosepo_jax.data import layouts
+from rosepo_jax.data.layouts import Encoded, Layout, Part
+
+SAMPLE = 128  # updates whose lengths choose the layouts
 
 
 @functools.lru_cache(maxsize=4)
@@ -31,24 +36,39 @@ def mine(batch_size: int) -> slice:
 
 
 def stream(
-    encode: Callable[[np.ndarray], dict[str, np.ndarray]],
+    encode: Callable[[np.ndarray], Encoded],
     rows: int,
     *,
     seed: int,
     batch_size: int,
+    unit: int,
+    prompt_length: int,
+    pad_id: int,
     start: int,
     stop: int,
-) -> Iterator[dict[str, np.ndarray]]:
-    """This host's part of batches start..stop-1; `encode(row numbers)` makes the arrays (leading axis: rows).
+) -> Iterator[dict[str, Any]]:
+    """This host's part of batches start..stop-1 of a run of `stop` updates, as `layouts.lay_out` makes them.
 
-    `update_B`, the number of the batch, stands beside them: with the row number it names every random draw of a row.
+    `encode(row numbers)` tokenises rows. Every host tokenises the whole batch, so that all agree on its layout.
+    `row_B` and `update_B`, the number of the batch, stand beside it: they name every random draw of a row.
     """
-    here = mine(batch_size)
 
-    def load(step: int) -> dict[str, np.ndarray]:
-        index_B = order(seed, step, batch_size, rows)[here]
-        return encode(index_B) | {"update_B": np.full(len(index_B), step, np.int32)}
+    @functools.cache
+    def plan() -> tuple[Layout, ...]:
+        sample = [encode(order(seed, step, batch_size, rows)) for step in range(min(stop, SAMPLE))]
+        lengths = (np.stack(x) for x in zip(*(encoded.lengths for encoded in sample)))
+        _, R, T = sample[0].response_BxRxT.shape
+        return layouts.choose(*lengths, unit=unit, updates=stop, limit=Part(batch_size, prompt_length, R * (T - 1)))
 
+    def load(step: int) -> dict[str, Any]:
+        index_B = order(seed, step, batch_size, rows)
+        encoded = encode(index_B)
+        named = {"row_B": index_B.astype(np.int32), "update_B": np.full(batch_size, step, np.int32)}
+        batch = layouts.lay_out(plan(), encoded._replace(rows={**encoded.rows, **named}), pad_id)
+        return jax.tree.map(lambda x: x[mine(len(x))], batch)
+
+    if start < stop:
+        plan()  # before threads ask for it
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     return iter(grain.MapDataset.range(start, stop).map(load).to_iter_dataset(options))
 

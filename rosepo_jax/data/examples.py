@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rosepo_jax.data import layouts
 from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.data.prompts import Encoder, pad
 
-# Widths that batches are padded to: few, so that few programs are compiled, and close enough to waste little.
-PROMPT_WIDTHS = [8 * step for k in range(12) for step in (2 * 2**k, 3 * 2**k)]  # 16 24 32 48 64 96 ...
-RESPONSE_WIDTHS = [2**k for k in range(1, 12)]
+# Widths that are padded to in scoring and decoding: few, so that few programs are compiled.
+WIDTHS = [8 * step for k in range(12) for step in (2 * 2**k, 3 * 2**k)]  # 16 24 32 48 64 96 ...
 
 
 class TitleTable:
@@ -20,13 +20,9 @@ class TitleTable:
         self.length_I = np.array([len(ids) for ids in self.ids], np.int32)
         self.tokens_IxT, self.mask_IxT = pad(self.ids, int(self.length_I.max()), encoder.pad)
 
-    def take(self, items_BxR: np.ndarray) -> dict[str, np.ndarray]:
-        """response_BxRxT and response_mask_BxRxT of catalogue items, cut to the longest title among them."""
-        length = width(int(self.length_I[items_BxR].max()), RESPONSE_WIDTHS, self.tokens_IxT.shape[1])
-        return {
-            "response_BxRxT": self.tokens_IxT[items_BxR, :length],
-            "response_mask_BxRxT": self.mask_IxT[items_BxR, :length],
-        }
+    def take(self, items_BxR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of catalogue items and their mask, both [B, R, T]."""
+        return self.tokens_IxT[items_BxR], self.mask_IxT[items_BxR]
 
 
 def width(longest: int, widths: Sequence[int], limit: int) -> int:
@@ -44,21 +40,27 @@ def prompt_texts(encoder: Encoder, catalogue: Catalogue, history_BxN, candidates
     return encoder.prompt_texts(titles_of(catalogue, history_BxN), candidates)
 
 
+def responses(encoder: Encoder, texts_BxR: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of response texts and their mask [B, R, T], T the encoder's limit; every row has the same number R."""
+    ids = encoder.response_ids([text for row in texts_BxR for text in row])
+    tokens, mask = pad(ids, encoder.response_length, encoder.pad)
+    shape = (len(texts_BxR), len(texts_BxR[0]), -1)
+    return tokens.reshape(shape), mask.reshape(shape)
+
+
 def prompts(encoder: Encoder, texts: Sequence[str]) -> dict[str, np.ndarray]:
-    """prompt_BxP and prompt_mask_BxP of rendered prompts."""
+    """prompt_BxP and prompt_mask_BxP of rendered prompts, for decoding."""
     ids = encoder.prompt_ids(texts)
-    length = width(max(map(len, ids)), PROMPT_WIDTHS, encoder.prompt_length)
+    length = width(max(map(len, ids)), WIDTHS, encoder.prompt_length)
     tokens_BxP, mask_BxP = pad(ids, length, encoder.pad)
     return {"prompt_BxP": tokens_BxP, "prompt_mask_BxP": mask_BxP}
 
 
-def responses(encoder: Encoder, texts_BxR: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
-    """response_BxRxT and response_mask_BxRxT of response texts; every row has the same number R."""
-    R = len(texts_BxR[0])
-    ids = encoder.response_ids([text for row in texts_BxR for text in row])
-    length = width(max(map(len, ids)), RESPONSE_WIDTHS, encoder.response_length)
-    tokens, mask = pad(ids, length, encoder.pad)
-    return {
-        "response_BxRxT": tokens.reshape(len(texts_BxR), R, -1),
-        "response_mask_BxRxT": mask.reshape(len(texts_BxR), R, -1),
-    }
+def scored(encoder: Encoder, texts: Sequence[str], response_BxRxT, response_mask_BxRxT) -> dict[str, np.ndarray]:
+    """Prompts with their responses as one part of a batch, for scoring."""
+    ids = encoder.prompt_ids(texts)
+    R, T = response_BxRxT.shape[1:]
+    fed = int(response_mask_BxRxT[:, :, 1:].sum(axis=(1, 2)).max())
+    P = width(max(map(len, ids)), WIDTHS, encoder.prompt_length)
+    Q = width(fed, WIDTHS, R * (T - 1))
+    return layouts.padded(ids, response_BxRxT, response_mask_BxRxT, P, Q, encoder.pad)

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rosepo_jax.data.columns import Table, by_blocks
+
 if TYPE_CHECKING:
     from rosepo_jax.data.rows import Rows
 
-BLOCK = 1 << 22  # comparisons made at a time, to bound memory
+BLOCK = 1 << 20  # comparisons made at a time: they stay in the cache
 
 
 def check(rows: dict[str, "Rows"]) -> dict[str, Any]:
@@ -47,35 +49,46 @@ def overlap(memory: "Rows", test: "Rows") -> dict[str, float | None]:
     `same`: with the first list of the same target; `other`: with that of the next test row's target, which is chance.
     """
     first_I = _first_row(memory, test)
-    known = test.take(first_I[test.target_E] >= 0)
+    known = np.flatnonzero(first_I[test.target_E] >= 0)
     if not len(known):
         return {"same": None, "other": None}
-    twin_E = first_I[known.target_E]
+    twin_E = first_I[test.target_E[known]]
     shared: dict[str, float | None] = {}
     for name, row_E in (("same", twin_E), ("other", np.roll(twin_E, 1))):
-        lists = memory.take(row_E)
-        theirs_ExC = np.where(lists.candidates_ExC == lists.target_E[:, None], -1, lists.candidates_ExC)
-        ours_ExC = np.where(known.candidates_ExC == known.target_E[:, None], -2, known.candidates_ExC)
-        shared[name] = float((ours_ExC[:, :, None] == theirs_ExC[:, None, :]).sum((1, 2)).mean())
+
+        def count(block: slice) -> int:
+            ours, theirs = test.take(known[block]), memory.take(row_E[block])  # noqa: B023
+            theirs_ExC = np.where(theirs.candidates_ExC == theirs.target_E[:, None], -1, theirs.candidates_ExC)
+            ours_ExC = np.where(ours.candidates_ExC == ours.target_E[:, None], -2, ours.candidates_ExC)
+            return int((ours_ExC[:, :, None] == theirs_ExC[:, None, :]).sum())
+
+        shared[name] = sum(by_blocks(count, len(known), _step(test))) / len(known)
     return shared
+
+
+def _step(rows: "Rows") -> int:
+    """So many rows that comparing all pairs of two lists in each takes BLOCK comparisons."""
+    return BLOCK // rows.candidates_ExC.shape[1] ** 2
 
 
 def memoriser(memory: "Rows", test: "Rows") -> dict[str, Any]:
     """HR@1 of picking the candidate whose remembered list overlaps the rest of the present one most; see `_verdict`."""
     first_I = _first_row(memory, test)
-    remembered_MxC = np.sort(memory.candidates_ExC, axis=1)
     n_items = len(first_I)
-    # One sorted array of (row of memory, item) makes every overlap a look-up.
-    key = (np.arange(len(remembered_MxC))[:, None] * n_items + remembered_MxC).ravel()
+    item = np.flatnonzero(first_I >= 0)
+    # One sorted array of (item, item of its remembered list) makes every overlap a look-up.
+    remembered = Table((item[:, None] * n_items + np.sort(memory.candidates_ExC[first_I[item]], axis=1)).ravel())
     score_ExC = np.zeros(test.candidates_ExC.shape)
-    size = test.candidates_ExC.shape[1]
-    step = max(1, BLOCK // (size * size))
-    for start in range(0, len(test), step):
-        present_ExC = test.candidates_ExC[start : start + step].astype(np.int64)
-        wanted = first_I[present_ExC][:, :, None] * n_items + present_ExC[:, None, :]
-        hit = key[np.searchsorted(key, wanted).clip(max=len(key) - 1)] == wanted
-        hit[:, np.arange(size), np.arange(size)] = False  # every remembered list holds its own target
-        score_ExC[start : start + step] = hit.sum(2)
+
+    def score(block: slice) -> None:
+        present_ExC = test.candidates_ExC[block].astype(np.int64)
+        row, slot = np.nonzero(first_I[present_ExC] >= 0)
+        wanted = present_ExC[row, slot][:, None] * n_items + present_ExC[row]
+        wanted[np.arange(len(row)), slot] = -1  # every remembered list holds its own target
+        found, _ = remembered.find(wanted)
+        score_ExC[block][row, slot] = np.bincount(found // wanted.shape[1], minlength=len(row))
+
+    by_blocks(score, len(test), _step(test))
     return _verdict(score_ExC, test, first_I)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rosepo_jax.data.catalogue import Catalogue
+from rosepo_jax.data.columns import order
 from rosepo_jax.errors import UserError
 
 TRAIN, VALIDATION, TEST, CONTEXT = 0, 1, 2, -1
@@ -118,7 +119,6 @@ def check_id(id: str, name: str, source: object, row: int) -> None:
 
 def assemble(events: Iterable[Event], items: Items, source: object) -> RawLog:
     """Indexes the events and makes the repairs that concern interactions. `items` may grow while events are read."""
-    repairs = items.repairs
     users: dict[str, int] = {}
     user, item, row, split = array.array("q"), array.array("q"), array.array("q"), array.array("b")
     timestamp, rating = array.array("d"), array.array("d")
@@ -139,52 +139,89 @@ def assemble(events: Iterable[Event], items: Items, source: object) -> RawLog:
             rating.append(event.rating)
         if event.split is not None:
             split.append(event.split)
-    if not user:
+    columns = {
+        "user_E": np.array(user, np.int64),
+        "item_E": np.array(item, np.int64),
+        "timestamp_E": np.array(timestamp, np.float64) if timestamp else None,
+        "row_E": np.array(row, np.int64),
+        "rating_E": np.array(rating, np.float64) if rating else None,
+        "split_E": np.array(split, np.int8) if split else None,
+    }
+    return _repaired(columns, tuple(users), items, unknown, source)
+
+
+class Coded(NamedTuple):
+    """A column of ids: the distinct ones by first appearance, and the number of the one that each row has."""
+
+    ids: tuple[str, ...]
+    code_E: np.ndarray
+
+
+def assemble_columns(
+    user: Coded, item: Coded, timestamp_E: np.ndarray | None, rating_E: np.ndarray | None, items: Items, source: object
+) -> RawLog:
+    """What `assemble` makes of rows 1, 2, ... of a table, from its whole columns; no id may be blank."""
+    item_E = np.array([items.index.get(id, -1) for id in item.ids], np.int64)[item.code_E]
+    known = np.flatnonzero(item_E >= 0)
+    unknown = len(item_E) - len(known)
+    columns = {"user_E": user.code_E, "item_E": item_E, "timestamp_E": timestamp_E, "rating_E": rating_E}
+    if unknown:
+        columns = {name: None if column is None else column[known] for name, column in columns.items()}
+        user_E = user.code_E[known]
+        first_U = np.full(len(user.ids), len(known))
+        first_U[user_E[::-1]] = np.arange(len(known))[::-1]
+        left = np.argsort(first_U)[: np.count_nonzero(first_U < len(known))]
+        number_U = np.empty(len(user.ids), np.int64)
+        number_U[left] = np.arange(len(left))
+        columns["user_E"], user = number_U[user_E], Coded(tuple(user.ids[u] for u in left.tolist()), user_E)
+    return _repaired(columns | {"row_E": known + 1}, user.ids, items, unknown, source)
+
+
+def _repaired(columns: dict[str, Any], users: tuple[str, ...], items: Items, unknown: int, source: object) -> RawLog:
+    repairs, timed = items.repairs, columns["timestamp_E"] is not None
+    if not len(columns["user_E"]):
         reason = f"none of {unknown} has an item of {items.source}" if unknown else "it has no rows"
         raise UserError(f"{source}: no interactions; {reason}")
     repairs["interactions with items that have no title: dropped"] += unknown
-
-    interactions = Interactions(
-        user_E=np.array(user, np.int64),
-        item_E=np.array(item, np.int64),
-        timestamp_E=np.array(timestamp, np.float64),
-        row_E=np.array(row, np.int64),
-        rating_E=np.array(rating, np.float64) if rating else None,
-        split_E=np.array(split, np.int8) if split else None,
-    )
-    if timestamp:
+    if not timed:
+        columns["timestamp_E"] = _position(columns["user_E"])
+    interactions = Interactions(**columns)
+    if timed:
         interactions = _timed(interactions, repairs)
-    else:
-        interactions = dataclasses.replace(interactions, timestamp_E=_position(interactions.user_E))
     catalogue = items.catalogue()
     repairs["users with one interaction: kept"] += int((np.bincount(interactions.user_E) == 1).sum())
     group_I = catalogue.title_group_I
     repairs["items with the title of an earlier item: kept"] += int((group_I != np.arange(len(group_I))).sum())
     made = {name: n for name, n in repairs.items() if n}
-    return RawLog(interactions, tuple(users), catalogue, made, timed=bool(timestamp))
+    return RawLog(interactions, users, catalogue, made, timed=timed)
 
 
 def _timed(log: Interactions, repairs: collections.Counter[str]) -> Interactions:
     """Drops repeated (user, item, timestamp), keeping the first; counts steps back in time, which are sorted later."""
-    by_user = np.argsort(log.user_E, kind="stable")
-    user, time = log.user_E[by_user], log.timestamp_E[by_user]
-    back = (user[1:] == user[:-1]) & (time[1:] < time[:-1])
-    repairs["interactions earlier than the user's row before: sorted by time"] += int(back.sum())
+    if (log.timestamp_E[1:] < log.timestamp_E[:-1]).any():
+        by_user = order(log.user_E)
+        user, time = log.user_E[by_user], log.timestamp_E[by_user]
+        back = (user[1:] == user[:-1]) & (time[1:] < time[:-1])
+        repairs["interactions earlier than the user's row before: sorted by time"] += int(back.sum())
 
-    order = np.lexsort((log.timestamp_E, log.item_E, log.user_E))  # stable: equal rows stay in the order of the source
-    columns = (log.user_E[order], log.item_E[order], log.timestamp_E[order])
-    repeated = np.zeros(len(log), bool)
-    repeated[order[1:]] = np.logical_and.reduce([column[1:] == column[:-1] for column in columns])
-    repairs["repeated interactions (same user, item and time): dropped"] += int(repeated.sum())
-    return log.take(~repeated)
+    pair_E = log.user_E * (int(log.item_E.max()) + 1) + log.item_E
+    by_pair = order(pair_E, log.timestamp_E)  # stable: equal rows stay in the order of the source
+    pair, time = pair_E[by_pair], log.timestamp_E[by_pair]
+    again = by_pair[1:][(pair[1:] == pair[:-1]) & (time[1:] == time[:-1])]
+    repairs["repeated interactions (same user, item and time): dropped"] += len(again)
+    if not len(again):
+        return log
+    first = np.ones(len(log), bool)
+    first[again] = False
+    return log.take(first)
 
 
 def _position(user_E: np.ndarray) -> np.ndarray:
     """float64: how many earlier interactions the user of each interaction has."""
-    order = np.argsort(user_E, kind="stable")
+    by_user = order(user_E)
     count = np.bincount(user_E)
     position_E = np.empty(len(user_E), np.float64)
-    position_E[order] = np.arange(len(user_E)) - np.repeat(np.cumsum(count) - count, count)
+    position_E[by_user] = np.arange(len(user_E)) - np.repeat(np.cumsum(count) - count, count)
     return position_E
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from rosepo_jax import seeds
 from rosepo_jax.data import candidates, leak, statistics
 from rosepo_jax.data.catalogue import Catalogue
+from rosepo_jax.data.columns import by_blocks, order
 from rosepo_jax.data.log import CONTEXT, TEST, TRAIN, VALIDATION, FrozenRow, Interactions, RawLog
 from rosepo_jax.data.rows import SPLITS, Events, Rows
 from rosepo_jax.errors import UserError
@@ -24,7 +25,7 @@ SPLIT_RULES = {
     "user_ratio": "users by their first timestamp (ties: by id); of validation and test users the last item only",
     "given": "as the source says",
 }
-BLOCK = 1 << 20  # rows made at a time, to bound memory
+BLOCK = 1 << 13  # rows made at a time: they stay in the cache
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,10 +50,15 @@ def build(raw: RawLog, config: Any, seed: int) -> Prepared:
     frozen = dict(raw.frozen_rows or {}) if config.split == "given" else {}
     log, dropped_interactions = _clean(raw.interactions, config.min_rating)
     kept_E = k_core(log.user_E, log.item_E, config.core_user, config.core_item)
+    users_outside = _distinct(log.user_E) - _distinct(log.user_E[kept_E])
+    dropped_interactions["interactions_outside_core"] = len(log) - int(kept_E.sum())
+    log = log if kept_E.all() else log.take(kept_E)
 
-    raw_user_U, user_map = _kept_users(raw, log.user_E[kept_E], frozen)
-    raw_item_I, item_map = _kept_items(raw, log.item_E[kept_E], frozen, config.core_item)
-    events = _events(log, kept_E, user_map, item_map, config)
+    raw_user_U, user_map = _kept_users(raw, log.user_E, frozen)
+    raw_item_I, item_map = _kept_items(raw, log.item_E, frozen, config.core_item)
+    events = _events(log, user_map, item_map, config)
+    del log
+    raw = dataclasses.replace(raw, interactions=raw.interactions.take(np.zeros(0, np.int64)))  # large, as `log` was
     users = tuple(raw.users[user] for user in raw_user_U)
     train_E = _train_mask(events)
     catalogue = Catalogue(
@@ -67,24 +73,31 @@ def build(raw: RawLog, config: Any, seed: int) -> Prepared:
     pool = candidates.pool(
         events.user_E[had], events.item_E[had], events.position_E[had], catalogue.title_group_I, weight_I
     )
-    rows, dropped = {}, {}
+    rows: dict[str, Rows] = {}
+    targets: dict[str, np.ndarray] = {}
+    dropped: dict[str, dict[str, int]] = {}
     for name, role in (("train", TRAIN), ("validation", VALIDATION), ("test", TEST)):
         if name in frozen:
             found = _frozen_rows(name, frozen[name], events, user_map, item_map, config)
+            length_E = (found.history_ExN >= 0).sum(1)
+            kept, dropped[name] = _usable(found.user_E, found.position_E, length_E, name, config, seed)
+            rows[name] = found.take(kept)
         else:
-            found = _windows(events, np.flatnonzero(events.role_E == role), config.history)
-        rows[name], dropped[name] = _usable(found, name, config, seed)
-        if not len(rows[name]):
+            targets[name], dropped[name] = _targets(events, events.role_E == role, name, config, seed)
+        if not len(rows[name] if name in frozen else targets[name]):
             raise UserError(
                 f"split {name} has no rows ({config.split} of {len(events.user_E)} interactions of {len(users)} users, "
                 f"dropped: {dropped[name]}); lower data.min_history or data.core_user, or choose another data.split"
             )
     if config.windows:
-        steps = np.flatnonzero(_untouched(events, rows["test"].user_E))
-        rows["windows"], dropped["windows"] = _usable(_windows(events, steps, config.history), "windows", config, seed)
-    train = rows["train"]
-    held_out_E = seeds.uniform(seeds.key(seed, "held_out"), train.user_E, train.position_E) < config.held_out_share
-    rows["train"], rows["held_out"] = train.take(~held_out_E), train.take(held_out_E)
+        tested_E = rows["test"].user_E if "test" in frozen else events.user_E[targets["test"]]
+        steps_E = _untouched(events, tested_E)
+        targets["windows"], dropped["windows"] = _targets(events, steps_E, "windows", config, seed)
+    train = targets["train"]
+    luck_E = seeds.uniform(seeds.key(seed, "held_out"), events.user_E[train], events.position_E[train])
+    held_out_E = luck_E < config.held_out_share
+    targets["train"], targets["held_out"] = train[~held_out_E], train[held_out_E]
+    rows |= {name: _windows(events, index, config.history) for name, index in targets.items()}
     rows = {name: _with_candidates(rows[name], pool, config.candidates, seed, name) for name in SPLITS if name in rows}
 
     summary = {
@@ -103,14 +116,13 @@ def build(raw: RawLog, config: Any, seed: int) -> Prepared:
         "repairs": dict(raw.repairs),
         "dropped": {
             **dropped_interactions,
-            "interactions_outside_core": int((~kept_E).sum()),
-            "users_outside_core": len(np.unique(log.user_E)) - len(np.unique(log.user_E[kept_E])),
+            "users_outside_core": users_outside,
             "items_outside_core": len(raw.catalogue) - len(catalogue),
             "rows": dropped,
         },
     }
     summary["defects"] = statistics.defects(summary, rows["test"])
-    return Prepared(catalogue, users, rows, seen_train(events, len(users)), summary, raw_user_U, raw_item_I)
+    return Prepared(catalogue, users, rows, seen_train(events, train_E, len(users)), summary, raw_user_U, raw_item_I)
 
 
 def k_core(user_E: np.ndarray, item_E: np.ndarray, core_user: int, core_item: int) -> np.ndarray:
@@ -154,12 +166,11 @@ def roles(events: Events, given_E: np.ndarray | None, config: Any) -> np.ndarray
     return given_E.astype(np.int8)
 
 
-def seen_train(events: Events, n_users: int) -> tuple[np.ndarray, np.ndarray]:
+def seen_train(events: Events, train_E: np.ndarray, n_users: int) -> tuple[np.ndarray, np.ndarray]:
     """The sorted train items of every user u, items[indptr[u]:indptr[u+1]]: (indptr_U+1 int64, items int32)."""
-    train_E = _train_mask(events)
-    order = np.lexsort((events.item_E[train_E], events.user_E[train_E]))
-    count_U = np.bincount(events.user_E[train_E], minlength=n_users)
-    return np.concatenate([[0], np.cumsum(count_U)]), events.item_E[train_E][order].astype(np.int32)
+    user_E, item_E = events.user_E[train_E].astype(np.int64), events.item_E[train_E]
+    count_U, n_items = np.bincount(user_E, minlength=n_users), int(events.item_E.max()) + 1
+    return np.concatenate([[0], np.cumsum(count_U)]), (np.sort(user_E * n_items + item_E) % n_items).astype(np.int32)
 
 
 def _check(config: Any, raw: RawLog) -> None:
@@ -191,14 +202,17 @@ def _clean(log: Interactions, min_rating: float) -> tuple[Interactions, dict[str
     if min_rating > 0 and log.rating_E is None:
         raise UserError("config.data.min_rating: the log has no ratings; set it to 0 or name data.columns.rating")
     good_E = np.ones(len(log.user_E), bool) if log.rating_E is None else ~(log.rating_E < min_rating)
-    order = np.flatnonzero(good_E)
-    order = order[np.lexsort((log.row_E[order], log.timestamp_E[order], log.item_E[order], log.user_E[order]))]
-    again = (np.diff(log.user_E[order]) == 0) & (np.diff(log.item_E[order]) == 0)
-    first = np.sort(np.delete(order, np.flatnonzero(again) + 1))
-    columns = {field.name: getattr(log, field.name) for field in dataclasses.fields(log)}
-    kept = {name: column[first] for name, column in columns.items() if column is not None}
-    counts = {"interactions_rated_lower": int((~good_E).sum()), "repeated_interactions": int(again.sum())}
-    return Interactions(**kept), counts
+    good = np.flatnonzero(good_E)
+    pair_E = log.user_E[good] * (int(log.item_E.max()) + 1) + log.item_E[good]
+    by_pair = order(pair_E, log.timestamp_E[good], log.row_E[good])
+    again = good[by_pair[1:][np.diff(pair_E[by_pair]) == 0]]
+    counts = {"interactions_rated_lower": len(log) - len(good), "repeated_interactions": len(again)}
+    good_E[again] = False
+    return log if good_E.all() else log.take(good_E), counts
+
+
+def _distinct(index_E: np.ndarray) -> int:
+    return int(np.count_nonzero(np.bincount(index_E)))
 
 
 def _renumber(kept: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -209,9 +223,12 @@ def _renumber(kept: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _kept_users(raw: RawLog, user_E: np.ndarray, frozen: dict[str, list[FrozenRow]]) -> tuple[np.ndarray, np.ndarray]:
-    kept = {int(user) for user in np.unique(user_E)} | {int(row.user) for rows in frozen.values() for row in rows}
-    order = sorted(kept, key=raw.users.__getitem__)  # by raw id: the order of the source does not matter
-    return _renumber(np.array(order, np.int64), len(raw.users))
+    kept_U = np.bincount(user_E, minlength=len(raw.users)) > 0
+    kept_U[[row.user for rows in frozen.values() for row in rows]] = True
+    by_id = sorted(
+        np.flatnonzero(kept_U).tolist(), key=raw.users.__getitem__
+    )  # the order of the source does not matter
+    return _renumber(np.array(by_id, np.int64), len(raw.users))
 
 
 def _kept_items(
@@ -224,30 +241,32 @@ def _kept_items(
     return _renumber(np.flatnonzero(kept_I), len(raw.catalogue))
 
 
-def _events(log: Interactions, kept_E: np.ndarray, user_map: np.ndarray, item_map: np.ndarray, config: Any) -> Events:
-    user_E, item_E = user_map[log.user_E[kept_E]], item_map[log.item_E[kept_E]]
-    order = np.lexsort((log.row_E[kept_E], log.timestamp_E[kept_E], user_E))
-    user_E = user_E[order]
-    length_U = np.bincount(user_E, minlength=len(user_map))
+def _events(log: Interactions, user_map: np.ndarray, item_map: np.ndarray, config: Any) -> Events:
+    user_E, item_E = user_map.astype(np.int32)[log.user_E], item_map.astype(np.int32)[log.item_E]
+    by_user = order(user_E, log.timestamp_E, log.row_E)
+    user_E = user_E[by_user]
+    length_U = np.bincount(user_E, minlength=len(user_map)).astype(np.int32)
     start_U = np.cumsum(length_U) - length_U
     events = Events(
         user_E=user_E,
-        item_E=item_E[order],
-        timestamp_E=log.timestamp_E[kept_E][order],
-        position_E=np.arange(len(user_E)) - start_U[user_E],
+        item_E=item_E[by_user],
+        timestamp_E=log.timestamp_E[by_user],
+        position_E=(np.arange(len(user_E)) - start_U[user_E]).astype(np.int32),
         length_E=length_U[user_E],
         role_E=np.zeros(len(user_E), np.int8),
     )
-    given_E = None if log.split_E is None else log.split_E[kept_E][order]
+    given_E = None if log.split_E is None else log.split_E[by_user]
     return dataclasses.replace(events, role_E=roles(events, given_E, config))
 
 
 def _train_mask(events: Events) -> np.ndarray:
     """bool_E: what training may see: its targets, and the history-only interactions that lead up to one."""
-    train_E = events.role_E == TRAIN
+    train_E, context_E = events.role_E == TRAIN, events.role_E == CONTEXT
+    if not context_E.any():
+        return train_E
     last_U = np.full(events.user_E.max(initial=-1) + 1, -1)
-    np.maximum.at(last_U, events.user_E[train_E], events.position_E[train_E])
-    return train_E | ((events.role_E == CONTEXT) & (events.position_E < last_U[events.user_E]))
+    last_U[events.user_E[train_E]] = events.position_E[train_E]  # events of a user come by position
+    return train_E | (context_E & (events.position_E < last_U[events.user_E]))
 
 
 def _untouched(events: Events, user_E: np.ndarray) -> np.ndarray:
@@ -258,19 +277,21 @@ def _untouched(events: Events, user_E: np.ndarray) -> np.ndarray:
 def _windows(events: Events, index: np.ndarray, n: int) -> Rows:
     """The rows (without candidates) whose targets are the events `index`."""
     history_ExN = np.empty((len(index), n), np.int32)
-    for start in range(0, len(index), BLOCK):
-        block = slice(start, start + BLOCK)
-        at = index[block, None]
-        length = np.minimum(events.position_E[at], n)
-        item = events.item_E[np.minimum(at - length + np.arange(n), len(events.item_E) - 1)]
+
+    def fill(block: slice) -> None:
+        target = index[block, None]
+        length = np.minimum(events.position_E[target], n)
+        item = events.item_E[np.minimum(target - length + np.arange(n), len(events.item_E) - 1)]
         history_ExN[block] = np.where(np.arange(n) < length, item, -1)
+
+    by_blocks(fill, len(index), BLOCK)
     return _rows(events.user_E[index], events.position_E[index], history_ExN, events.item_E[index])
 
 
 def _rows(user_E: Any, position_E: Any, history_ExN: np.ndarray, target_E: Any, candidates_ExC: Any = None) -> Rows:
     if candidates_ExC is None:
         candidates_ExC = np.zeros((len(history_ExN), 0))
-    return Rows(*(np.asarray(x).astype(np.int32) for x in (user_E, position_E, history_ExN, target_E, candidates_ExC)))
+    return Rows(*(np.asarray(x, np.int32) for x in (user_E, position_E, history_ExN, target_E, candidates_ExC)))
 
 
 def _frozen_rows(
@@ -283,9 +304,9 @@ def _frozen_rows(
     for history, row in zip(history_ExN, frozen, strict=True):
         recent = row.history[-config.history :]
         history[: len(recent)] = item_map[list(recent)]
-    key, wanted = events.user_E * len(item_map) + events.item_E, user_E * len(item_map) + target_E
-    order = np.argsort(key)
-    at = order[np.searchsorted(key[order], wanted).clip(max=len(key) - 1)]
+    key, wanted = events.user_E.astype(np.int64) * len(item_map) + events.item_E, user_E * len(item_map) + target_E
+    by_key = order(key)
+    at = by_key[np.searchsorted(key[by_key], wanted).clip(max=len(key) - 1)]
     length_E = [len(row.history) for row in frozen]
     position_E = np.where(key[at] == wanted, events.position_E[at], length_E)
     if all(row.candidates is None for row in frozen):
@@ -303,17 +324,29 @@ def _frozen_rows(
     return _rows(user_E, position_E, history_ExN, target_E, candidates_ExC)
 
 
-def _usable(rows: Rows, name: str, config: Any, seed: int) -> tuple[Rows, dict[str, int]]:
-    """The rows that can be used, and how many could not, by reason."""
-    long_E = (rows.history_ExN >= 0).sum(1) >= config.min_history
-    dropped = {"short_history": int((~long_E).sum())}
-    rows = rows.take(long_E)
+def _targets(
+    events: Events, wanted_E: np.ndarray, name: str, config: Any, seed: int
+) -> tuple[np.ndarray, dict[str, int]]:
+    """The events that can be targets of a split, and how many of `wanted_E` could not, by reason."""
+    index = np.flatnonzero(wanted_E)
+    position_E = events.position_E[index]
+    length_E = np.minimum(position_E, config.history)
+    kept, dropped = _usable(events.user_E[index], position_E, length_E, name, config, seed)
+    return index[kept], dropped
+
+
+def _usable(
+    user_E: np.ndarray, position_E: np.ndarray, length_E: np.ndarray, name: str, config: Any, seed: int
+) -> tuple[np.ndarray, dict[str, int]]:
+    """The rows, with histories of these lengths, that can be used, and how many could not, by reason."""
+    kept = np.flatnonzero(length_E >= config.min_history)
+    dropped = {"short_history": len(length_E) - len(kept)}
     limit = {"validation": config.max_validation, "test": config.max_test, "windows": config.max_test}.get(name, 0)
-    dropped["beyond_maximum"] = max(0, len(rows) - limit) if limit else 0
+    dropped["beyond_maximum"] = max(0, len(kept) - limit) if limit else 0
     if dropped["beyond_maximum"]:
-        luck_E = seeds.uniform(seeds.key(seed, "maximum", name), rows.user_E, rows.position_E)
-        rows = rows.take(np.sort(np.argsort(luck_E, kind="stable")[:limit]))
-    return rows, dropped
+        luck_E = seeds.uniform(seeds.key(seed, "maximum", name), user_E[kept], position_E[kept])
+        kept = kept[np.sort(np.argsort(luck_E, kind="stable")[:limit])]
+    return kept, dropped
 
 
 def _with_candidates(rows: Rows, pool: candidates.Pool, size: int, seed: int, split: str) -> Rows:

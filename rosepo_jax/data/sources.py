@@ -39,8 +39,10 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from rosepo_jax.data import published, tables
-from rosepo_jax.data.log import Event, FrozenRow, Interactions, Items, RawLog, assemble
+from rosepo_jax.data.log import Coded, Event, FrozenRow, Interactions, Items, RawLog, assemble, assemble_columns
 from rosepo_jax.errors import UserError
 
 __all__ = ["FrozenRow", "Interactions", "RawLog", "read"]
@@ -160,6 +162,7 @@ def _columns(
     group_separator: str = "|",
 ) -> RawLog:
     """Reads records by the column map: user, item and title are required; timestamp, rating, groups absent when ""."""
+    columns = dict(columns)  # looked at for every row
     for role in ("user", "item", "title"):
         if not columns[role]:
             raise UserError(f"data.columns.{role} is empty; name the column of {path} that holds it")
@@ -193,7 +196,45 @@ def _columns(
     if title_table:
         for row, record in title_table[1]:
             add(record, title_table[0], row)
+        if whole := _whole(path, columns):
+            return assemble_columns(*whole, items, path)
     return assemble(events(), items, path)
+
+
+def _whole(
+    path: pathlib.Path, columns: Mapping[str, str]
+) -> tuple[Coded, Coded, np.ndarray | None, np.ndarray | None] | None:
+    """User, item, timestamp and rating of a Parquet table for `assemble_columns`. None where any value may have to be
+    refused, or converted with care: the rows are then read one by one, and the error names its row.
+    """
+    user, item = (_coded(tables.parquet_column(path, columns[role])) for role in ("user", "item"))
+    names = [columns[role] for role in ("timestamp", "rating")]
+    timestamp_E, rating_E = (_finite(tables.parquet_column(path, name)) if name else None for name in names)
+    if not (user and item) or any(name and x is None for name, x in zip(names, (timestamp_E, rating_E))):
+        return None
+    return user, item, timestamp_E, rating_E
+
+
+def _coded(column: Any) -> Coded | None:
+    import pyarrow.types as types
+
+    if column is None or column.null_count or not len(column):
+        return None
+    if not (types.is_integer(column.type) or types.is_string(column.type) or types.is_large_string(column.type)):
+        return None
+    chunks = column.dictionary_encode().unify_dictionaries().chunks
+    ids = tuple(map(str, chunks[0].dictionary.to_pylist()))
+    code_E = np.concatenate([chunk.indices.to_numpy() for chunk in chunks]).astype(np.int64)
+    return Coded(ids, code_E) if all(map(str.strip, ids)) else None
+
+
+def _finite(column: Any) -> np.ndarray | None:
+    import pyarrow.types as types
+
+    if column is None or column.null_count or not (types.is_integer(column.type) or types.is_floating(column.type)):
+        return None
+    number_E = column.to_numpy().astype(np.float64)
+    return number_E if np.isfinite(number_E).all() else None
 
 
 # --- RecBole ---------------------------------------------------------------------------------------------------------

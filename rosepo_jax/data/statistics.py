@@ -7,9 +7,12 @@ import numpy as np
 
 from rosepo_jax import seeds
 from rosepo_jax.data.catalogue import Catalogue, normalise
+from rosepo_jax.data.columns import Table, by_blocks, order
 
 if TYPE_CHECKING:
     from rosepo_jax.data.rows import Events, Rows
+
+BLOCK = 1 << 13  # rows looked at at a time: they stay in the cache
 
 
 def describe(catalogue: Catalogue, n_users: int, events: "Events", rows: dict[str, "Rows"]) -> dict[str, Any]:
@@ -20,7 +23,8 @@ def describe(catalogue: Catalogue, n_users: int, events: "Events", rows: dict[st
     same second. `duplicate_titles`: items whose title another item has; `contained_titles`: distinct titles that stand
     inside another title, which substring matching cannot tell apart.
     """
-    length_U = np.unique(events.user_E, return_counts=True)[1]
+    length_U = np.bincount(events.user_E)
+    length_U = length_U[length_U > 0]
     group_I = catalogue.title_group_I
     named = {name: split for name, split in rows.items() if len(split)}
     return {
@@ -40,14 +44,20 @@ def describe(catalogue: Catalogue, n_users: int, events: "Events", rows: dict[st
         "tied_timestamps": tied(events.user_E, events.timestamp_E),
         "cold_start": {name: float((catalogue.count_I[split.target_E] == 0).mean()) for name, split in named.items()},
         "history_repeat": {
-            name: float(
-                ((group_I[split.history_ExN] == group_I[split.target_E][:, None]) & (split.history_ExN >= 0))
-                .any(1)
-                .mean()
-            )
-            for name, split in named.items()
+            name: _repeats(group_I.astype(np.int32), split) / len(split) for name, split in named.items()
         },
     }
+
+
+def _repeats(group_I: np.ndarray, rows: "Rows") -> int:
+    """How many targets have the title of an item of their history."""
+
+    def count(block: slice) -> int:
+        history_ExN = rows.history_ExN[block]
+        same_ExN = group_I[history_ExN] == group_I[rows.target_E[block]][:, None]
+        return int((same_ExN & (history_ExN >= 0)).any(1).sum())
+
+    return sum(by_blocks(count, len(rows), BLOCK))
 
 
 def candidates(catalogue: Catalogue, test: "Rows") -> dict[str, Any]:
@@ -61,19 +71,23 @@ def candidates(catalogue: Catalogue, test: "Rows") -> dict[str, Any]:
     count_ExC = catalogue.count_I[test.candidates_ExC]
     others = count_ExC[~target_ExC].mean()
     names = [normalise(title) for title in catalogue.titles]
-    distinct = sorted(set(names))
-    inside = dict(zip(distinct, contained(distinct).tolist()))
-    inside_I = np.array([inside[name] for name in names])
-    colliding = lost = 0
-    for e in np.flatnonzero(inside_I[test.candidates_ExC].any(1)):
-        listed = [names[item] for item in test.candidates_ExC[e]]
-        short = [name for item, name in zip(test.candidates_ExC[e], listed) if inside_I[item]]
-        colliding += any(a in b and a != b for a in short for b in listed)
-        lost += any(a in names[test.target_E[e]] and a != names[test.target_E[e]] for a in short)
+    distinct = {name: number for number, name in enumerate(sorted(set(names)))}
+    name_I, key = np.array([distinct[name] for name in names]), containing(list(distinct))
+    pairs, inside_I = Table(key), np.isin(name_I, key // len(distinct))
+
+    def count(block: slice) -> tuple[int, int]:
+        lists_ExC = test.candidates_ExC[block]
+        row, slot = np.nonzero(inside_I[lists_ExC])
+        short = name_I[lists_ExC[row, slot]] * len(distinct)
+        in_list, _ = pairs.find(short[:, None] + name_I[lists_ExC[row]])
+        in_target, _ = pairs.find(short + name_I[test.target_E[block][row]])
+        return len(np.unique(row[in_list // lists_ExC.shape[1]])), len(np.unique(row[in_target]))
+
+    colliding, lost = np.sum(by_blocks(count, len(test), BLOCK), axis=0, dtype=int).tolist()
     return {
         "popularity_ratio": float(count_ExC[target_ExC].mean() / others) if others else None,
-        "colliding_rows": int(colliding),
-        "lost_rows": int(lost),
+        "colliding_rows": colliding,
+        "lost_rows": lost,
     }
 
 
@@ -126,8 +140,8 @@ def gini(count_I: np.ndarray) -> float:
 
 def tied(user_E: np.ndarray, timestamp_E: np.ndarray) -> float:
     """Share of interactions that share user and timestamp with another one."""
-    order = np.lexsort((timestamp_E, user_E))
-    same = (np.diff(user_E[order]) == 0) & (np.diff(timestamp_E[order]) == 0)
+    by_user = order(user_E, timestamp_E)
+    same = (np.diff(user_E[by_user]) == 0) & (np.diff(timestamp_E[by_user]) == 0)
     tie_E = np.zeros(len(user_E), bool)
     tie_E[1:] |= same
     tie_E[:-1] |= same
@@ -135,28 +149,34 @@ def tied(user_E: np.ndarray, timestamp_E: np.ndarray) -> float:
 
 
 def contained(titles: Sequence[str]) -> np.ndarray:
-    """bool: which of the distinct titles stand inside a longer one, at any position.
+    """bool: which of the distinct titles stand inside a longer one, at any position."""
+    inside = np.zeros(len(titles), bool)
+    inside[containing(titles) // max(len(titles), 1)] = True
+    return inside
+
+
+def containing(titles: Sequence[str]) -> np.ndarray:
+    """int64: a * (number of titles) + b, ascending, for all pairs of distinct titles of which a stands inside b.
 
     All windows of each length are compared at once by a polynomial hash mod 2^64 over randomised characters, because
     comparing every pair of titles does not scale to large catalogues.
     """
     length = np.array([len(title) for title in titles], np.int64)
-    inside = np.zeros(len(titles), bool)
-    inside[length == 0] = len(titles) > 1
+    empty, others = np.flatnonzero(length == 0), np.flatnonzero(length)
+    pairs = [(empty[:, None] * len(titles) + others).ravel()]
     text = np.frombuffer("".join(titles).encode("utf-32-le"), np.uint32)
-    if not len(text):
-        return inside
-    end = np.repeat(np.cumsum(length), length)  # of the title in which a character stands
-    whole = np.repeat(length, length)
-    start = np.cumsum(length) - length
+    title = np.repeat(np.arange(len(titles)), length)  # in which a character stands
+    end, start = np.cumsum(length)[title], np.cumsum(length) - length
     symbol = (seeds.uniform(seeds.key("contained"), text) * 2**53).astype(np.uint64)
     base = 0x9E3779B97F4A7C15
     power = np.cumprod(np.full(len(text), base, np.uint64))
     inverse = np.cumprod(np.full(len(text), pow(base, -1, 2**64), np.uint64))
     prefix = np.concatenate([[np.uint64(0)], np.cumsum(symbol * power)])
-    for size in np.unique(length[length > 0]):
-        window = np.flatnonzero((whole > size) & (np.arange(len(text)) + size <= end))
+    for size in np.unique(length[others]):
         names = np.flatnonzero(length == size)
-        title_hash, window_hash = ((prefix[at + size] - prefix[at]) * inverse[at] for at in (start[names], window))
-        inside[names] = np.isin(title_hash, window_hash)
-    return inside
+        window = np.flatnonzero((length[title] > size) & (np.arange(len(text)) + size <= end))
+        name_hash, window_hash = ((prefix[at + size] - prefix[at]) * inverse[at] for at in (start[names], window))
+        by_hash = np.argsort(name_hash)
+        found, at = Table(name_hash[by_hash]).find(window_hash)
+        pairs.append(names[by_hash[at]] * len(titles) + title[window[found]])
+    return np.unique(np.concatenate(pairs))

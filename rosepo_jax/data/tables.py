@@ -1,4 +1,5 @@
 """Reading tables row by row: memory bounded by one row, every error named by file and row (the line number, from 1).
+Columns of Parquet tables are also read whole.
 
 A row longer than `ROW_LIMIT` bytes is refused after that many bytes, so a file without line ends never fills memory.
 """
@@ -58,6 +59,22 @@ def records(path: pathlib.Path) -> Iterator[Record]:
     if suffix in (".csv", ".tsv"):
         return _csv(path, "\t" if suffix == ".tsv" else ",")
     raise UserError(f"{path}: unknown kind of file; use .csv, .tsv, .jsonl, .json or .parquet")
+
+
+def parquet_column(path: pathlib.Path, name: str) -> Any:
+    """A whole column of a .parquet file as a pyarrow.ChunkedArray; None when it is no Parquet file or has no such one.
+    Whatever else is wrong with a file is left to `records`, which names the row.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    if path.suffix != ".parquet":
+        return None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            return file.read([name]).column(name) if file.schema_arrow.names.count(name) == 1 else None
+    except (OSError, pyarrow.ArrowException):
+        return None
 
 
 def json_lines(path: pathlib.Path) -> Iterator[Record]:

@@ -1,7 +1,7 @@
 """Exact scores of given items, and of texts, for many rows: the same shared-prefix pass that training uses."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,15 +21,16 @@ from rosepo_jax.training.policy import Policy
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logps(lm, params, batch):
-    return response_logps(
-        lm, params, batch["prompt_BxP"], batch["prompt_mask_BxP"], batch["response_BxRxT"], batch["response_mask_BxRxT"]
-    )
+def _logps(lm, params, part):
+    return response_logps(lm, params, **part)
 
 
-def logps(policy: Policy, params: Mapping[str, jax.Array], batch: Mapping[str, np.ndarray]) -> np.ndarray:
-    """logps_BxR of one encoded batch."""
-    return sharding.to_host(_logps(policy.lm, params, to_device(policy, batch)))
+def logps(
+    policy: Policy, params: Mapping[str, jax.Array], texts: Sequence[str], response_BxRxT, response_mask_BxRxT
+) -> np.ndarray:
+    """logps_BxR of R responses to each of B prompts."""
+    part = examples.scored(policy.encoder, texts, response_BxRxT, response_mask_BxRxT)
+    return sharding.to_host(_logps(policy.lm, params, to_device(policy, part)))
 
 
 def to_device(policy: Policy, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -48,16 +49,17 @@ def item_scores(
 ) -> np.ndarray:
     """log pi(title | prompt) of C items for each row, [E, C] float32.
 
-    Rows are scored in order of their longest title, so that short ones are not padded to the longest of all; results do
-    not depend on it.
+    Rows are scored in order of their tokens, so that short ones are not padded to the longest of all; results do not
+    depend on it.
     """
     sharding.check_batch(policy.mesh, "evaluate.batch_size", batch_size)
-    by_length = np.argsort(titles.length_I[items_ExC].max(axis=1), kind="stable")
+    history_E = np.where(rows.history_ExN >= 0, titles.length_I[rows.history_ExN], 0).sum(axis=1)
+    by_length = np.argsort(history_E + titles.length_I[items_ExC].sum(axis=1), kind="stable")
     scores_ExC = np.zeros(items_ExC.shape, np.float32)
     for block, real in batches.blocks(len(items_ExC), batch_size):
         index = by_length[block]
-        batch = prompt_batch(policy, catalogue, rows, index) | titles.take(items_ExC[index])
-        scores_ExC[index[real]] = logps(policy, params, batch)[real]
+        texts = prompt_texts(policy, catalogue, rows, index)
+        scores_ExC[index[real]] = logps(policy, params, texts, *titles.take(items_ExC[index]))[real]
     return scores_ExC
 
 
@@ -131,8 +133,11 @@ def greedy_texts(
 
 
 def prompt_batch(policy: Policy, catalogue: Catalogue, rows, block: np.ndarray) -> dict[str, np.ndarray]:
-    texts = examples.prompt_texts(policy.encoder, catalogue, rows.history_ExN[block], rows.candidates_ExC[block])
-    return examples.prompts(policy.encoder, texts)
+    return examples.prompts(policy.encoder, prompt_texts(policy, catalogue, rows, block))
+
+
+def prompt_texts(policy: Policy, catalogue: Catalogue, rows, block: np.ndarray) -> list[str]:
+    return examples.prompt_texts(policy.encoder, catalogue, rows.history_ExN[block], rows.candidates_ExC[block])
 
 
 @functools.partial(jax.jit, static_argnums=0)

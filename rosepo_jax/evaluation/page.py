@@ -90,6 +90,7 @@ def html(material: Material) -> str:
         "Calibration": _calibration(results),
         "Examples": _examples(material),
         "Learning curves": _curves(material),
+        "Speed and memory": _speed(material),
         "Preference pairs": _pairs(material),
         "Data": _data(material),
         "How it was made": _provenance(material),
@@ -354,6 +355,20 @@ def _curves(material: Material) -> str:
             svg = plots.curves(rows, wanted, f"Learning curves of {stage}")
             parts.append(f"<h3>{escape(stage)}</h3>\n{figure(svg)}")
     return "".join(parts)
+
+
+def _speed(material: Material) -> str:
+    rows = []
+    for stage, lines in material.metrics.items():
+        if found := report.speed(lines):
+            scaled = (found[metric] / unit if metric in found else None for metric, (_, unit) in report.SPEED.items())
+            rows.append([stage, *map(number, scaled)])
+    caption = (
+        "Median of the log lines; input stall, the share of the time that updates waited for batches: mean. tokens/s: "
+        "without padding; useful: their share of all that are processed. MFU: model FLOPs of all tokens processed over "
+        "the peak of the devices. Memory: of one device; of CPUs what the program needs."
+    )
+    return table(["stage", *(column for column, _ in report.SPEED.values())], rows, caption)
 
 
 def _pairs(material: Material) -> str:

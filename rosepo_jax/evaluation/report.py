@@ -7,7 +7,8 @@ the correction is there, gives p < 0.05.
 import dataclasses
 import math
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rosepo_jax import config, configuration, seeds
@@ -77,6 +78,17 @@ GROUPS = {  # what a metric says, where its name does not; formulas: metrics.py
         "ECE": "gap between the probability of the first answer and how often it is right",
         "certified": "lists proved equal to scoring every title",
     },
+}
+SPEED = {  # key of metrics.jsonl -> its column, and what one of its unit is
+    "prompts_per_second": ("prompts/s", 1),
+    "pairs_per_second": ("pairs/s", 1),
+    "tokens_per_second": ("tokens/s", 1),
+    "tokens_useful": ("useful tokens", 1),
+    "flops_per_second": ("TFLOP/s", 1e12),
+    "mfu": ("MFU", 1),
+    "input_stall": ("input stall", 1),
+    "memory/peak_bytes": ("peak memory, GiB", 2**30),
+    "compile_seconds": ("compilation, s", 1),
 }
 KINDS = {
     "gain": "aligned right, SFT wrong",
@@ -475,10 +487,27 @@ def summary(material: Material) -> dict:
         "verdicts": verdicts(results),
         "defects": list(results.get("defects", ())),
         "left_out": list(results.get("notes", ())),
+        "training": {stage: figures for stage, rows in material.metrics.items() if (figures := speed(rows))},
         "protocol_hashes": {protocol: found.get("hash") for protocol, found in results["protocols"].items()},
         "config_hash": material.manifests.get("evaluate", {}).get("resolved_config_hash"),
         "versions": versions(material),
     }
+
+
+def speed(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """How fast a stage trained, from its metrics.jsonl: the median line of rates and shares, the mean input stall, the
+    most memory, all compilation. Empty for a stage that says nothing of it."""
+    found: dict[str, list[float]] = {metric: [] for metric in SPEED}
+    for row in rows:
+        for metric, values in found.items():
+            if isinstance(row.get(metric), int | float):
+                values.append(row[metric])
+    combine: dict[str, Callable[..., float]] = {
+        "input_stall": statistics.fmean,
+        "memory/peak_bytes": max,
+        "compile_seconds": sum,
+    }
+    return {metric: combine.get(metric, statistics.median)(values) for metric, values in found.items() if values}
 
 
 def examples(

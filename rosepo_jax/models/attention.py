@@ -7,8 +7,38 @@ Grouped-query heads: query head h = k * G + g reads key-value head k, G = H / K.
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+
+from rosepo_jax.errors import UserError
+from rosepo_jax.models import flash
 
 _MASKED = -1e30  # finite, so that a row without any visible key gives finite (unused) values and gradients
+
+
+def choose(
+    requested: str, platform: str, *, dtype: str, head_dim: int, prompt_length: int, cap: float, sliding: bool
+) -> str:
+    """The back end of `causal`: `requested` (model.attention), or where that is auto, the kernel of the platform if it
+    can do the case, else xla.
+
+    `sliding`: some layer's window is narrower than `prompt_length`. Prompts below 128 tokens are left to xla on TPUs:
+    splash would pad them to 128.
+
+    Raises:
+        UserError: the requested kernel cannot do the case.
+    """
+    if requested not in ("auto", "xla", "cudnn", "splash"):
+        raise UserError(f"model.attention={requested!r}: choose one of auto, xla, cudnn, splash")
+
+    def unfit(kernel: str) -> str:
+        return flash.unfit(kernel, platform, dtype=dtype, head_dim=head_dim, cap=cap, sliding=sliding)
+
+    if requested == "auto":
+        kernels = ("cudnn", "splash") if prompt_length >= flash.LANES else ("cudnn",)
+        return next((kernel for kernel in kernels if not unfit(kernel)), "xla")
+    if requested != "xla" and (reason := unfit(requested)):
+        raise UserError(f"model.attention={requested!r} {reason}; use model.attention=auto")
+    return requested
 
 
 def causal(
@@ -19,55 +49,113 @@ def causal(
     scale: float,
     cap: float = 0.0,
     window: jax.Array | int | None = None,
+    implementation: str = "xla",
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> jax.Array:
-    """The prompt attends causally to itself. Prompts are right-padded, so real positions never see padding."""
+    """The prompt attends causally to itself. Prompts are right-padded, so real positions never see padding.
+
+    `implementation` is what `choose` returned: xla, or a kernel (`flash.py`), which needs `mesh` where arrays are split
+    over devices. What a kernel does not know, a window or in cuDNN a cap, is computed by xla. Any P will do.
+    """
+    if implementation != "xla" and window is None and not (cap and implementation == "cudnn"):
+        return flash.causal(
+            query_BxPxHxE, key_BxPxKxE, value_BxPxKxE, scale=scale, cap=cap, implementation=implementation, mesh=mesh
+        )
     B, P, H, E = query_BxPxHxE.shape
     K = key_BxPxKxE.shape[2]
     grouped = query_BxPxHxE.reshape(B, P, K, H // K, E)
-    scores = jnp.einsum("bskge,buke->bkgsu", grouped, key_BxPxKxE, preferred_element_type=jnp.float32)
-    visible_PxP = _own_visible(jnp.arange(P), P, window)
-    scores = jnp.where(visible_PxP[None, None, None], _bounded(scores, scale, cap), _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value_BxPxKxE.dtype)
-    return jnp.einsum("bkgsu,buke->bskge", weights, value_BxPxKxE).reshape(B, P, H, E)
+    # A quarter of the queries at a time, against the keys up to theirs: 5/8 of the scores, and half of the time on a
+    # CPU. Fewer than 64 queries are not worth products of their own.
+    block = max(64, -(-P // 32) * 8)
+    mixed = []
+    for start in range(0, P, block):
+        end = min(start + block, P)
+        key_BxUxKxE, value_BxUxKxE = key_BxPxKxE[:, :end], value_BxPxKxE[:, :end]
+        scores = jnp.einsum("bskge,buke->bkgsu", grouped[:, start:end], key_BxUxKxE, preferred_element_type=jnp.float32)
+        visible_SxU = _within(jnp.arange(start, end)[:, None] - jnp.arange(end)[None], window)
+        scores = jnp.where(visible_SxU[None, None, None], _bounded(scores, scale, cap), _MASKED)
+        weights = jax.nn.softmax(scores, axis=-1).astype(value_BxPxKxE.dtype)
+        mixed.append(jnp.einsum("bkgsu,buke->bskge", weights, value_BxUxKxE))
+    return jnp.concatenate(mixed, axis=1).reshape(B, P, H, E)
 
 
-def shared_prefix(
-    query_BxRxTxHxE: jax.Array,
+def responses(
+    query_BxQxHxE: jax.Array,
     prompt_key_BxPxKxE: jax.Array,
     prompt_value_BxPxKxE: jax.Array,
     prompt_mask_BxP: jax.Array,
-    key_BxRxUxKxE: jax.Array,
-    value_BxRxUxKxE: jax.Array,
-    step_T: jax.Array,
+    key_BxQxKxE: jax.Array,
+    value_BxQxKxE: jax.Array,
+    which_BxQ: jax.Array,
+    step_BxQ: jax.Array,
     *,
     scale: float,
     cap: float = 0.0,
     window: jax.Array | int | None = None,
 ) -> jax.Array:
-    """R responses attend to their prompt and to themselves, never to each other.
+    """Packed responses attend to their prompt and causally to themselves, never to each other.
 
-    The softmax runs over the concatenated keys (prompt, own response): partial softmaxes are never merged. Query t is
-    token `step_T[t]` of its response, so it stands `step_T[t]` positions behind the prompt's end and sees the own keys
-    0..step_T[t]; `key` and `value` may hold more (a decoding cache).
+    Entry q is token `step_BxQ[q]` of response `which_BxQ[q]`, so it stands that many positions behind the prompt's end.
     """
-    B, R, T, H, E = query_BxRxTxHxE.shape
-    P, K = prompt_key_BxPxKxE.shape[1:3]
-    U = key_BxRxUxKxE.shape[2]
-    grouped = query_BxRxTxHxE.reshape(B, R, T, K, H // K, E)
-    to_prompt = jnp.einsum("brtkge,bpke->bkgrtp", grouped, prompt_key_BxPxKxE, preferred_element_type=jnp.float32)
-    to_self = jnp.einsum("brtkge,bruke->bkgrtu", grouped, key_BxRxUxKxE, preferred_element_type=jnp.float32)
-    visible_BxTxP = prompt_mask_BxP[:, None]
-    if window is not None:
-        length_B = prompt_mask_BxP.sum(axis=1)
-        distance_BxTxP = length_B[:, None, None] + step_T[None, :, None] - jnp.arange(P)[None, None]
-        visible_BxTxP = visible_BxTxP & (distance_BxTxP < window)
-    to_prompt = jnp.where(visible_BxTxP[:, None, None, None], _bounded(to_prompt, scale, cap), _MASKED)
-    visible_TxU = _own_visible(step_T, U, window)
-    to_self = jnp.where(visible_TxU[None, None, None, None], _bounded(to_self, scale, cap), _MASKED)
-    weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_self], axis=-1), axis=-1).astype(prompt_value_BxPxKxE.dtype)
-    from_prompt = jnp.einsum("bkgrtp,bpke->brtkge", weights[..., :P], prompt_value_BxPxKxE)
-    from_self = jnp.einsum("bkgrtu,bruke->brtkge", weights[..., P:], value_BxRxUxKxE)
-    return (from_prompt + from_self).reshape(B, R, T, H, E)
+    B, Q, H, E = query_BxQxHxE.shape
+    K = key_BxQxKxE.shape[2]
+    grouped = query_BxQxHxE.reshape(B, Q, K, H // K, E)
+    to_prompt = jnp.einsum("bqkge,bpke->bkgqp", grouped, prompt_key_BxPxKxE, preferred_element_type=jnp.float32)
+    to_self = jnp.einsum("bqkge,buke->bkgqu", grouped, key_BxQxKxE, preferred_element_type=jnp.float32)
+    visible_BxQxP = _prompt_visible(prompt_mask_BxP, step_BxQ, window)
+    distance_BxQxQ = step_BxQ[:, :, None] - step_BxQ[:, None]
+    visible_BxQxQ = (which_BxQ[:, :, None] == which_BxQ[:, None]) & _within(distance_BxQxQ, window)
+    to_prompt = jnp.where(visible_BxQxP[:, None, None], _bounded(to_prompt, scale, cap), _MASKED)
+    to_self = jnp.where(visible_BxQxQ[:, None, None], _bounded(to_self, scale, cap), _MASKED)
+    from_prompt, from_self = _softmax(to_prompt, to_self, value_BxQxKxE.dtype)
+    mixed = jnp.einsum("bkgqp,bpke->bqkge", from_prompt, prompt_value_BxPxKxE)
+    return (mixed + jnp.einsum("bkgqu,buke->bqkge", from_self, value_BxQxKxE)).reshape(B, Q, H, E)
+
+
+def beams(
+    query_BxWxHxE: jax.Array,
+    prompt_key_BxPxKxE: jax.Array,
+    prompt_value_BxPxKxE: jax.Array,
+    prompt_mask_BxP: jax.Array,
+    key_BxWxTxKxE: jax.Array,
+    value_BxWxTxKxE: jax.Array,
+    depth: jax.Array,
+    *,
+    scale: float,
+    cap: float = 0.0,
+    window: jax.Array | int | None = None,
+) -> jax.Array:
+    """One decoding step: token number `depth` of W partial responses attends to their prompt and to their own caches.
+
+    The caches hold keys and values of up to T tokens, those of this one included.
+    """
+    B, W, H, E = query_BxWxHxE.shape
+    T, K = key_BxWxTxKxE.shape[2:4]
+    grouped = query_BxWxHxE.reshape(B, W, K, H // K, E)
+    to_prompt = jnp.einsum("bwkge,bpke->bkgwp", grouped, prompt_key_BxPxKxE, preferred_element_type=jnp.float32)
+    to_self = jnp.einsum("bwkge,bwtke->bkgwt", grouped, key_BxWxTxKxE, preferred_element_type=jnp.float32)
+    visible_BxWxP = _prompt_visible(prompt_mask_BxP, jnp.broadcast_to(depth, (B, 1)), window)
+    visible_T = _within(depth - jnp.arange(T), window)
+    to_prompt = jnp.where(visible_BxWxP[:, None, None], _bounded(to_prompt, scale, cap), _MASKED)
+    to_self = jnp.where(visible_T[None, None, None, None], _bounded(to_self, scale, cap), _MASKED)
+    from_prompt, from_self = _softmax(to_prompt, to_self, value_BxWxTxKxE.dtype)
+    mixed = jnp.einsum("bkgwp,bpke->bwkge", from_prompt, prompt_value_BxPxKxE)
+    return (mixed + jnp.einsum("bkgwt,bwtke->bwkge", from_self, value_BxWxTxKxE)).reshape(B, W, H, E)
+
+
+def _prompt_visible(prompt_mask_BxP: jax.Array, step_BxQ: jax.Array, window: jax.Array | int | None) -> jax.Array:
+    """Which prompt tokens are seen from `step_BxQ` positions behind the prompt's end: [B, Q or 1, P]."""
+    if window is None:
+        return prompt_mask_BxP[:, None]
+    end_Bx1x1 = prompt_mask_BxP.sum(axis=1)[:, None, None]
+    distance_BxQxP = end_Bx1x1 + step_BxQ[:, :, None] - jnp.arange(prompt_mask_BxP.shape[1])[None, None]
+    return prompt_mask_BxP[:, None] & (distance_BxQxP < window)
+
+
+def _softmax(to_prompt: jax.Array, to_self: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """The weights of one softmax over two sets of keys; partial softmaxes are never merged."""
+    weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_self], axis=-1), axis=-1).astype(dtype)
+    return weights[..., : to_prompt.shape[-1]], weights[..., to_prompt.shape[-1] :]
 
 
 def _bounded(scores: jax.Array, scale: float, cap: float) -> jax.Array:
@@ -75,8 +163,6 @@ def _bounded(scores: jax.Array, scale: float, cap: float) -> jax.Array:
     return cap * jnp.tanh(scores / cap) if cap else scores
 
 
-def _own_visible(step_T: jax.Array, keys: int, window: jax.Array | int | None) -> jax.Array:
-    """Which of the keys 0..keys-1 the queries at `step_T` see [T, keys]: none that comes later, none too far back."""
-    distance_TxU = step_T[:, None] - jnp.arange(keys)[None]
-    visible_TxU = distance_TxU >= 0
-    return visible_TxU if window is None else visible_TxU & (distance_TxU < window)
+def _within(distance: jax.Array, window: jax.Array | int | None) -> jax.Array:
+    """Whether a query sees a key `distance` positions before it: none that comes later, none too far back."""
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)

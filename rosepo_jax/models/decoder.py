@@ -26,6 +26,13 @@ from rosepo_jax.models.lora import LoRAConfig
 
 Params = Mapping[str, jax.Array]
 
+# What the backward pass keeps of each layer; the rest it computes again. `none` keeps everything.
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
@@ -126,7 +133,7 @@ class Linear(nnx.Module):
             self.lora_a = nnx.Param(_normal(rngs, (inputs, lora.rank), inputs**-0.5, jnp.float32))
             self.lora_b = nnx.Param(jnp.zeros((lora.rank, outputs), jnp.float32))
 
-    def __call__(self, x: jax.Array, drop_B: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, drop_BxS: jax.Array | None = None) -> jax.Array:
         kernel = self.kernel[...]
         if self.quantize != "none":
             kernel = quantize.dequantize(kernel, self.kernel_scale[...], self.quantize)
@@ -134,8 +141,8 @@ class Linear(nnx.Module):
         if hasattr(self, "bias"):
             y += self.bias[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
         if self.lora is not None:
-            if drop_B is not None and self.lora.dropout:
-                x = _drop(x, drop_B, self.lora.dropout, self.path)
+            if drop_BxS is not None and self.lora.dropout:
+                x = _drop(x, drop_BxS, self.lora.dropout, self.path)
             y += self.lora.scale * (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
         return y
 
@@ -166,15 +173,15 @@ class Attention(nnx.Module):
             self.query_norm = Norm(c.head_dim, c, storage)
             self.key_norm = Norm(c.head_dim, c, storage)
 
-    def __call__(self, x_BxSxD: jax.Array, angle_BxSxF: jax.Array, attend: Callable, drop_B) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BxSxD: jax.Array, angle_BxSxF: jax.Array, attend: Callable, drop_BxS) -> tuple[jax.Array, Any]:
         query, key, value = (
-            linear(x_BxSxD, drop_B).reshape(*x_BxSxD.shape[:2], -1, self.head_dim)
+            linear(x_BxSxD, drop_BxS).reshape(*x_BxSxD.shape[:2], -1, self.head_dim)
             for linear in (self.query, self.key, self.value)
         )
         if hasattr(self, "query_norm"):
             query, key = self.query_norm(query), self.key_norm(key)
         mixed, kept = attend(rotate(query, angle_BxSxF), rotate(key, angle_BxSxF), value)
-        return self.output(mixed.reshape(*x_BxSxD.shape[:2], -1), drop_B), kept
+        return self.output(mixed.reshape(*x_BxSxD.shape[:2], -1), drop_BxS), kept
 
 
 class MLP(nnx.Module):
@@ -187,9 +194,9 @@ class MLP(nnx.Module):
         self.up = linear("mlp/up", c.width, c.mlp_width)
         self.down = linear("mlp/down", c.mlp_width, c.width)
 
-    def __call__(self, x: jax.Array, drop_B) -> jax.Array:
+    def __call__(self, x: jax.Array, drop_BxS) -> jax.Array:
         activate = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}[self.activation]  # jax's default is the tanh form
-        return self.down(activate(self.gate(x, drop_B)) * self.up(x, drop_B), drop_B)
+        return self.down(activate(self.gate(x, drop_BxS)) * self.up(x, drop_BxS), drop_BxS)
 
 
 class Block(nnx.Module):
@@ -204,11 +211,11 @@ class Block(nnx.Module):
             self.attention_post_norm = Norm(c.width, c, storage)
             self.mlp_post_norm = Norm(c.width, c, storage)
 
-    def __call__(self, x_BxSxD: jax.Array, angle_BxSxF: jax.Array, attend: Callable, drop_B) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BxSxD: jax.Array, angle_BxSxF: jax.Array, attend: Callable, drop_BxS) -> tuple[jax.Array, Any]:
         post = hasattr(self, "attention_post_norm")
-        update_BxSxD, kept = self.attention(self.attention_norm(x_BxSxD), angle_BxSxF, attend, drop_B)
+        update_BxSxD, kept = self.attention(self.attention_norm(x_BxSxD), angle_BxSxF, attend, drop_BxS)
         x_BxSxD = x_BxSxD + (self.attention_post_norm(update_BxSxD) if post else update_BxSxD)
-        update_BxSxD = self.mlp(self.mlp_norm(x_BxSxD), drop_B)
+        update_BxSxD = self.mlp(self.mlp_norm(x_BxSxD), drop_BxS)
         return x_BxSxD + (self.mlp_post_norm(update_BxSxD) if post else update_BxSxD), kept
 
 
@@ -249,12 +256,11 @@ class Decoder(nnx.Module):
         def layer(x, inputs):
             block, frequency_F, window, number, cache = inputs
             angle_BxSxF = position_BxS[..., None].astype(jnp.float32) * frequency_F[None, None]
-            keys_B = None if drop_B is None else jax.vmap(jax.random.fold_in, (0, None))(drop_B, number)
-            return nnx.merge(graph, block)(x, angle_BxSxF, functools.partial(attend, window, cache), keys_B)
+            drop_BxS = None if drop_B is None else _keys(drop_B, number, position_BxS)
+            return nnx.merge(graph, block)(x, angle_BxSxF, functools.partial(attend, window, cache), drop_BxS)
 
         if remat != "none":
-            policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-            layer = jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)
+            layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
         inputs = (stacked, rope_frequencies(c), window_L, jnp.arange(c.layers), caches)
         return jax.lax.scan(layer, x_BxSxD, inputs)
 
@@ -270,10 +276,20 @@ def _normal(rngs: nnx.Rngs, shape, scale, dtype) -> jax.Array:
     return (scale * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
 
 
-def _drop(x_BxSxI: jax.Array, key_B: jax.Array, rate: float, path: str) -> jax.Array:
-    """Dropout by a key per row, so that it does not depend on the batch a row is in; each map draws its own."""
-    keys = jax.vmap(jax.random.fold_in, (0, None))(key_B, zlib.crc32(path.encode()))
-    kept_BxSxI = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BxSxI.shape[1:]))(keys)
+def _keys(key_B: jax.Array, layer: jax.Array, position_BxS: jax.Array) -> jax.Array:
+    """A key per token of each row: by layer and position, so that padding changes none."""
+    in_row = jax.vmap(jax.random.fold_in, (None, 0))
+    return jax.vmap(lambda key, position_S: in_row(jax.random.fold_in(key, layer), position_S))(key_B, position_BxS)
+
+
+def _drop(x_BxSxI: jax.Array, key_BxS: jax.Array, rate: float, path: str) -> jax.Array:
+    """Dropout by a key per token, so that it depends on neither batch nor padding; each map draws its own."""
+    number, width = zlib.crc32(path.encode()), x_BxSxI.shape[2:]
+
+    def draw(key):
+        return jax.random.bernoulli(jax.random.fold_in(key, number), 1 - rate, width)
+
+    kept_BxSxI = jax.vmap(jax.vmap(draw))(key_BxS)
     return jnp.where(kept_BxSxI, x_BxSxI / (1 - rate), 0).astype(x_BxSxI.dtype)
 
 
@@ -287,9 +303,13 @@ class LanguageModel:
     param_dtype: str = "float32"
     remat: str = "none"
     quantize: str = "none"
+    attention: str = "xla"  # of the prompt: a back end of models/attention.py
+    logits_chunk: int = 0  # response positions of a prompt whose logits exist at a time; 0 = all
     rows: jax.sharding.NamedSharding | None = None  # how the rows of a batch are split over devices
 
     def __post_init__(self) -> None:
+        if self.remat not in REMAT:
+            raise UserError(f"model.remat={self.remat!r}: choose one of {', '.join(REMAT)}")
         if self.quantize not in quantize.FORMATS:
             raise UserError(f"model.quantize={self.quantize!r}: choose one of {', '.join(quantize.FORMATS)}")
 
@@ -320,43 +340,65 @@ class LanguageModel:
 
     def hidden(self, params: Params, prompt_BxP, prompt_mask_BxP, response_BxRxT) -> jax.Array:
         """Normed hidden states [B, R, T, D] that predict each response token."""
-        first_BxD, later_BxRxSxD = self.states(params, prompt_BxP, prompt_mask_BxP, response_BxRxT)
-        B, R, _, D = later_BxRxSxD.shape
-        return jnp.concatenate([jnp.broadcast_to(first_BxD[:, None, None], (B, R, 1, D)), later_BxRxSxD], axis=2)
+        first_BxD, later_BxQxD = self.states(params, prompt_BxP, prompt_mask_BxP, response_BxRxT)
+        B, R, T = response_BxRxT.shape
+        first_BxRx1xD = jnp.broadcast_to(first_BxD[:, None, None], (B, R, 1, first_BxD.shape[1]))
+        return jnp.concatenate([first_BxRx1xD, later_BxQxD.reshape(B, R, T - 1, -1)], axis=2)
 
     def states(
-        self, params: Params, prompt_BxP, prompt_mask_BxP, response_BxRxT, drop_B: jax.Array | None = None
+        self,
+        params: Params,
+        prompt_BxP,
+        prompt_mask_BxP,
+        response_BxRxT,
+        fed_BxQ: jax.Array | None = None,
+        drop_B: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """One pass over prompts and responses: the normed hidden states that predict response tokens.
 
-        Returns first_BxD, which predicts the first token of all R responses of a prompt, and later_BxRxSxD, S = T - 1,
-        which predict the others. The last response token is never fed: nothing is predicted from it.
-        `drop_B` (a key per prompt) switches the adapters' dropout on.
+        Returns first_BxD, which predicts the first token of all R responses of a prompt, and later_BxQxD: entry q
+        predicts what follows the response token `fed_BxQ[q]`. The last token of a response is never fed: nothing is
+        predicted from it. `fed_BxQ` names tokens as r (T - 1) + t, in any order; R (T - 1) is padding. None stands for
+        all R (T - 1) of them. `drop_B` (a key per prompt) switches the adapters' dropout on.
         """
         module = self._module(params)
         B, P = prompt_BxP.shape
-        R, T = response_BxRxT.shape[1:]
-        S = T - 1
         length_B = prompt_mask_BxP.sum(axis=1)
-        tokens = jnp.concatenate([prompt_BxP, response_BxRxT[:, :, :S].reshape(B, R * S)], axis=1)
-        own_BxS = jnp.broadcast_to(length_B[:, None, None] + jnp.arange(S)[None, None], (B, R, S)).reshape(B, R * S)
-        position = jnp.concatenate([jnp.broadcast_to(jnp.arange(P)[None], (B, P)), own_BxS], axis=1)
+        fed_BxQ = all_fed(response_BxRxT) if fed_BxQ is None else fed_BxQ
+        which_BxQ, step_BxQ = jnp.divmod(fed_BxQ, max(response_BxRxT.shape[2] - 1, 1))
+        tokens = jnp.concatenate([prompt_BxP, take_fed(response_BxRxT[:, :, :-1], fed_BxQ)], axis=1)
+        position_BxP = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
+        position = jnp.concatenate([position_BxP, length_B[:, None] + step_BxQ], axis=1)
 
         def attend(window, _, query, key, value):
             how = self.config.scores | {"window": window}
-            prompt = attention.causal(query[:, :P], key[:, :P], value[:, :P], **how)
-
-            def own(y):
-                return y[:, P:].reshape(B, R, S, *y.shape[2:])
-
-            response = attention.shared_prefix(
-                own(query), key[:, :P], value[:, :P], prompt_mask_BxP, own(key), own(value), jnp.arange(S), **how
+            prompt_key, prompt_value = key[:, :P], value[:, :P]
+            prompt = self._causal(query[:, :P], prompt_key, prompt_value, window)
+            response = attention.responses(
+                query[:, P:],
+                prompt_key,
+                prompt_value,
+                prompt_mask_BxP,
+                key[:, P:],
+                value[:, P:],
+                which_BxQ,
+                step_BxQ,
+                **how,
             )
-            return jnp.concatenate([prompt, response.reshape(B, R * S, *query.shape[2:])], axis=1), None
+            return jnp.concatenate([prompt, response], axis=1), None
 
         x, _ = module.layers(self._embed(module, tokens), position, attend, remat=self.remat, drop_B=drop_B)
         last_BxD = jnp.take_along_axis(x[:, :P], (length_B - 1)[:, None, None], axis=1)[:, 0]
-        return module.norm(last_BxD), module.norm(x[:, P:].reshape(B, R, S, x.shape[-1]))
+        return module.norm(last_BxD), module.norm(x[:, P:])
+
+    def _causal(self, query, key, value, window) -> jax.Array:
+        mesh = None if self.rows is None else self.rows.mesh
+        # Nothing of a short prompt is out of sight, and kernels know no window.
+        wide = query.shape[1] <= self.config.window
+        return attention.causal(
+            query, key, value, **self.config.scores, window=None if wide else window,
+            implementation=self.attention, mesh=mesh,
+        )  # fmt: skip
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Vocabulary logits in float32 for normed hidden states."""
@@ -368,7 +410,7 @@ class LanguageModel:
         B, P = prompt_BxP.shape
 
         def attend(window, _, query, key, value):
-            return attention.causal(query, key, value, **self.config.scores, window=window), (key, value)
+            return self._causal(query, key, value, window), (key, value)
 
         position_BxP = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
         x, keys_values = module.layers(self._embed(module, prompt_BxP), position_BxP, attend)
@@ -392,11 +434,18 @@ class LanguageModel:
             (prompt_key, prompt_value), (own_key, own_value) = cache
             own_key = jax.lax.dynamic_update_slice_in_dim(own_key, key[:, :, None], depth, axis=2)
             own_value = jax.lax.dynamic_update_slice_in_dim(own_value, value[:, :, None], depth, axis=2)
-            mixed = attention.shared_prefix(
-                query[:, :, None], prompt_key, prompt_value, prompt_mask_BxP, own_key, own_value,
-                jnp.reshape(depth, (1,)), **self.config.scores, window=window,
-            )  # fmt: skip
-            return mixed[:, :, 0], (own_key, own_value)
+            mixed = attention.beams(
+                query,
+                prompt_key,
+                prompt_value,
+                prompt_mask_BxP,
+                own_key,
+                own_value,
+                depth,
+                **self.config.scores,
+                window=window,
+            )
+            return mixed, (own_key, own_value)
 
         x = self._embed(module, token_BxW)
         x, suffix_cache = module.layers(x, position, attend, (keys_values, suffix_cache))
@@ -408,9 +457,20 @@ class LanguageModel:
         B, P = tokens_BxP.shape
 
         def attend(window, _, query, key, value):
-            return attention.causal(query, key, value, **self.config.scores, window=window), None
+            return self._causal(query, key, value, window), None
 
         position_BxP = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
         x, _ = module.layers(self._embed(module, tokens_BxP), position_BxP, attend)
         x = jnp.where(mask_BxP[..., None], module.norm(x).astype(jnp.float32), 0.0)
         return x.sum(axis=1) / mask_BxP.sum(axis=1, keepdims=True)
+
+
+def all_fed(response_BxRxT: jax.Array) -> jax.Array:
+    """Every response token that can be fed, response by response."""
+    B, R, T = response_BxRxT.shape
+    return jnp.broadcast_to(jnp.arange(R * (T - 1))[None], (B, R * (T - 1)))
+
+
+def take_fed(x_BxRxS: jax.Array, fed_BxQ: jax.Array) -> jax.Array:
+    """The entries [B, Q] of x_BxRxS that `fed_BxQ` names; any value for padding."""
+    return jnp.take_along_axis(x_BxRxS.reshape(len(x_BxRxS), -1), fed_BxQ, axis=1, mode="clip")

@@ -13,17 +13,18 @@ from rosepo_jax import files, seeds
 from rosepo_jax.data import batches, examples, pairs, store
 from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.data.examples import TitleTable
+from rosepo_jax.data.layouts import Encoded
 from rosepo_jax.data.pairs import Pairs
 from rosepo_jax.decoding import rank
 from rosepo_jax.errors import UserError
 from rosepo_jax.models import sasrec
 from rosepo_jax.preference import objectives, smoothing
-from rosepo_jax.preference.logprobs import response_logps
+from rosepo_jax.preference.logprobs import batch_logps
 from rosepo_jax.preference.objectives import Objective
 from rosepo_jax.preference.oracle import Oracle
 from rosepo_jax.preference.smoothing import Smoothing
 from rosepo_jax.stages import sft
-from rosepo_jax.training import loop, policy, sharding
+from rosepo_jax.training import flops, loop, policy, sharding
 from rosepo_jax.training.step import Task
 
 NAME, INPUTS, RESUMABLE = "align", ("prepare", "oracle", "sft", "pairs"), True
@@ -65,14 +66,11 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
         trainable=model.trainable,
         frozen=frozen,
         rows=len(rows),
-        stream=functools.partial(
-            batches.stream,
-            functools.partial(encode, model, rows, cached),
-            len(rows),
-            seed=seeds.key(config.seed, NAME),
-            batch_size=a.batch_size,
+        stream=sft.stream(
+            functools.partial(encode, model, rows, cached), len(rows), model, a, seeds.key(config.seed, NAME)
         ),
         validate=sft.validation_figures(config, catalogue, titles, validation, model),
+        work=functools.partial(flops.of_batch, model.lm, reference=objective.needs_reference and cached is None),
         first=functools.partial(check_start, objective, rows.item_ExR.shape[1] - 1, config.model.dtype),
     )
 
@@ -92,42 +90,30 @@ def check_sources(a: ConfigDict, factor: Smoothing, rows: Pairs) -> None:
         raise UserError("align.smoothing.source=stored: the pairs have no epsilon column; use mode fixed or none")
 
 
-def encode(model: policy.Policy, rows: Pairs, cached_ExR: np.ndarray | None, index_B: np.ndarray) -> dict:
-    """One batch: prompts with R = 1 + K responses, and what the oracle needs to know of them."""
-    batch = examples.prompts(model.encoder, [rows.prompt[e] for e in index_B])
-    batch |= examples.responses(model.encoder, [[rows.chosen[e], *rows.rejected[e]] for e in index_B])
-    batch |= {
-        "row_B": index_B.astype(np.int32),
+def encode(model: policy.Policy, rows: Pairs, cached_ExR: np.ndarray | None, index_B: np.ndarray) -> Encoded:
+    """Prompts with R = 1 + K responses, and what the oracle needs to know of them."""
+    known = {
         "history_BxN": rows.history_ExN[index_B],
         "item_BxR": rows.item_ExR[index_B],
         "epsilon_BxK": np.nan_to_num(rows.epsilon_ExK[index_B]),
     }
     if cached_ExR is not None:
-        batch["reference_BxR"] = cached_ExR[index_B]
-    return batch
+        known["reference_BxR"] = cached_ExR[index_B]
+    responses = examples.responses(model.encoder, [[rows.chosen[e], *rows.rejected[e]] for e in index_B])
+    return Encoded(model.encoder.prompt_ids([rows.prompt[e] for e in index_B]), *responses, known)
 
 
 def task(lm, objective: Objective, factor: Smoothing, oracle_config, source: str, seed: int) -> Task:
     """The preference loss as the training step sees it."""
 
-    def logps(params, batch):
-        return response_logps(
-            lm,
-            params,
-            batch["prompt_BxP"],
-            batch["prompt_mask_BxP"],
-            batch["response_BxRxT"],
-            batch["response_mask_BxRxT"],
-        )
-
     def forward(trainable, frozen, batch):
-        return logps({**frozen["base"], **trainable}, batch)
+        return batch_logps(lm, {**frozen["base"], **trainable}, batch)
 
     def constants(frozen, batch):
         if "reference_BxR" in batch:
             reference_BxR = batch["reference_BxR"]
         else:
-            reference_BxR = logps({**frozen["base"], **frozen["reference"]}, batch)
+            reference_BxR = forward(frozen["reference"], frozen, batch)
         epsilon_BxK = batch["epsilon_BxK"]
         if factor.needs_oracle and source == "in_step":
             score_BxR = sasrec.item_scores(oracle_config, frozen["oracle"], batch["history_BxN"], batch["item_BxR"])
@@ -137,10 +123,9 @@ def task(lm, objective: Objective, factor: Smoothing, oracle_config, source: str
     def loss(logps_BxR, constants, batch):
         reference_BxR, epsilon_BxK = constants
         real_B = jnp.ones(logps_BxR.shape[0], bool)
-        # The first row's number names the batch: a different permutation every step, the same after a restart.
-        epsilon = smoothing.epsilon(factor, objective.aggregator, epsilon_BxK, real_B, seed, batch["row_B"][0])
-        counts_BxR = batch["response_mask_BxRxT"].sum(axis=-1)
-        return objectives.preference_loss(objective, logps_BxR, reference_BxR, counts_BxR, epsilon, real_B)
+        # Its number names the batch: a different permutation every step, the same after a restart.
+        epsilon = smoothing.epsilon(factor, objective.aggregator, epsilon_BxK, real_B, seed, batch["update_B"][0])
+        return objectives.preference_loss(objective, logps_BxR, reference_BxR, batch["count_BxR"], epsilon, real_B)
 
     return Task(forward, constants, loss, coupled=objective.reducer != "mean")
 
@@ -181,9 +166,8 @@ def cached_reference(config, model: policy.Policy, rows: Pairs, inputs, out: pat
     size = config.align.batch_size
 
     def compute(index: np.ndarray) -> np.ndarray:
-        batch = encode(model, rows, None, index)
-        names = ("prompt_BxP", "prompt_mask_BxP", "response_BxRxT", "response_mask_BxRxT")
-        return rank.logps(model, model.params, {name: batch[name] for name in names})
+        responses = examples.responses(model.encoder, [[rows.chosen[e], *rows.rejected[e]] for e in index])
+        return rank.logps(model, model.params, [rows.prompt[e] for e in index], *responses)
 
     if not path.exists():
         values = np.zeros(rows.item_ExR.shape, np.float32)

@@ -203,4 +203,4 @@ def _model(config: "ConfigDict") -> "LanguageModel":
     else:
         architecture = policy.new_architecture(m, m.vocabulary)
     lora = policy.new_adapter(m)
-    return LanguageModel(architecture, lora, m.dtype, m.param_dtype, m.remat, m.quantize)
+    return LanguageModel(architecture, lora, m.dtype, m.param_dtype, m.remat, m.quantize, logits_chunk=m.logits_chunk)

@@ -7,15 +7,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rosepo_jax import files, seeds
-from rosepo_jax.data import batches, examples, pairs, store
+from rosepo_jax.data import examples, pairs, store
 from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.data.examples import TitleTable
+from rosepo_jax.data.layouts import Encoded
 from rosepo_jax.data.rows import SPLITS, Rows
 from rosepo_jax.decoding import rank
 from rosepo_jax.evaluation import predictions, probes, protocols, published, significance, summary
 from rosepo_jax.preference.oracle import Oracle
 from rosepo_jax.stages import oracle, runtime, sft
-from rosepo_jax.training import loop, optimizer, policy, sharding
+from rosepo_jax.training import flops, loop, optimizer, policy, sharding
 from rosepo_jax.training.metrics import is_primary
 
 NAME, INPUTS, RESUMABLE = "evaluate", ("prepare", "oracle", "sft", "pairs", "align"), True
@@ -111,10 +112,9 @@ def train_more(config, model: policy.Policy, catalogue: Catalogue, data: dict, i
     settings.validate, settings.patience = config.align.validate, 0
     length = optimizer.steps(config.align.length, "align.length", batch_size=config.align.batch_size, rows=len(rows))
 
-    def encode(index_B: np.ndarray) -> dict:
-        batch = examples.prompts(model.encoder, [rows.prompt[e] for e in index_B])
-        batch |= examples.responses(model.encoder, [[rows.chosen[e]] for e in index_B])
-        return batch | {"row_B": index_B.astype(np.int32)}
+    def encode(index_B: np.ndarray) -> Encoded:
+        responses = examples.responses(model.encoder, [[rows.chosen[e]] for e in index_B])
+        return Encoded(model.encoder.prompt_ids([rows.prompt[e] for e in index_B]), *responses, {})
 
     titles = TitleTable(model.encoder, catalogue.titles)
     return loop.train(
@@ -127,11 +127,10 @@ def train_more(config, model: policy.Policy, catalogue: Catalogue, data: dict, i
         trainable=sharding.place(model.mesh, model.trainable),  # SFT's own are still to be evaluated
         frozen=model.base,
         rows=len(rows),
-        stream=functools.partial(
-            batches.stream, encode, len(rows), seed=seeds.key(config.seed, "align"), batch_size=settings.batch_size
-        ),
+        stream=sft.stream(encode, len(rows), model, settings, seeds.key(config.seed, "align")),
         validate=sft.validation_figures(config, catalogue, titles, data["validation"], model),
         length=length,
+        work=functools.partial(flops.of_batch, model.lm, reference=False),
     )
 
 

@@ -29,8 +29,9 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
     if not is_primary():
         return {}
     truth = world.generate(config.data.world, config.data.seed) if config.data.source == "world" else None
-    raw = truth.log if truth else sources.read(config.data, config.data.seed)
-    prepared = sequences.build(raw, config.data, config.data.seed)
+    prepared = sequences.build(  # named nowhere else, so that the log can be given up within
+        truth.log if truth else sources.read(config.data, config.data.seed), config.data, config.data.seed
+    )
 
     runtime.say(table(prepared.statistics))
     store.write(out / "dataset", prepared.rows, config.data.history, config.data.candidates, progress)

@@ -33,6 +33,7 @@ from ml_collections import ConfigDict
 import rosepo_jax
 from rosepo_jax import configuration, files
 from rosepo_jax.errors import UserError
+from rosepo_jax.training import programs
 from rosepo_jax.training.metrics import is_primary
 
 # Config values that name files of the user: what counts is their content, not where they lie.
@@ -70,6 +71,7 @@ def execute(stage: Any, config: ConfigDict, workdir: str | os.PathLike, pool: di
     Raises:
         UserError: an input is missing or was made with other settings, or what lies in the folder was.
     """
+    programs.keep(config)
     out = pathlib.Path(workdir) / stage.NAME
     wanted = _wanted(stage, config, workdir)
     if out.is_symlink() and not out.exists() and is_primary():

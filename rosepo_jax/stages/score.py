@@ -33,10 +33,9 @@ def main(config: ConfigDict, args: argparse.Namespace) -> int:
     out: list[dict] = []
     for block, real in batches.blocks(len(rows), size):
         chunk = [rows[i] for i in block]
-        batch = examples.prompts(model.encoder, [row["prompt"] for row in chunk])
-        batch |= examples.responses(model.encoder, [[row["response"]] for row in chunk])
-        logp_B = rank.logps(model, model.params, batch)[:, 0]
-        tokens_B = batch["response_mask_BxRxT"][:, 0].sum(axis=-1)
+        response_Bx1xT, mask_Bx1xT = examples.responses(model.encoder, [[row["response"]] for row in chunk])
+        logp_B = rank.logps(model, model.params, [row["prompt"] for row in chunk], response_Bx1xT, mask_Bx1xT)[:, 0]
+        tokens_B = mask_Bx1xT[:, 0].sum(axis=-1)
         for i in np.flatnonzero(real):
             out.append({**chunk[i], "logp": float(logp_B[i]), "tokens": int(tokens_B[i])})
     files.write_jsonl(args.output, out)

@@ -13,13 +13,14 @@ from rosepo_jax import seeds
 from rosepo_jax.data import batches, examples, store
 from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.data.examples import TitleTable
+from rosepo_jax.data.layouts import Encoded
 from rosepo_jax.data.rows import Rows
 from rosepo_jax.data.store import Source
 from rosepo_jax.decoding import rank
 from rosepo_jax.errors import UserError
 from rosepo_jax.evaluation import metrics
-from rosepo_jax.preference.logprobs import response_logps
-from rosepo_jax.training import loop, policy, sharding
+from rosepo_jax.preference.logprobs import batch_logps
+from rosepo_jax.training import flops, loop, policy, sharding
 from rosepo_jax.training.step import Task
 
 NAME, INPUTS, RESUMABLE = "sft", ("prepare",), True
@@ -34,6 +35,7 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
         raise UserError("sft: the train split has no rows; lower data.min_history or data.core_user, data.core_item")
     model = policy.create(config, out, sharding.make_mesh(config.mesh), tokenizer_texts(catalogue))
     titles = TitleTable(model.encoder, catalogue.titles)
+    encode = functools.partial(encode_rows, model, catalogue, titles, rows)
     figures = loop.train(
         name=NAME,
         config=config,
@@ -44,14 +46,9 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
         trainable=model.trainable,
         frozen=model.base,
         rows=len(rows),
-        stream=functools.partial(
-            batches.stream,
-            functools.partial(encode_rows, model, catalogue, titles, rows),
-            len(rows),
-            seed=seeds.key(config.seed, NAME),
-            batch_size=config.sft.batch_size,
-        ),
+        stream=stream(encode, len(rows), model, config.sft, seeds.key(config.seed, NAME)),
         validate=validation_figures(config, catalogue, titles, validation, model),
+        work=functools.partial(flops.of_batch, model.lm, reference=False),
     )
     return figures | {"base": policy.describe(out)["base"]}
 
@@ -62,9 +59,23 @@ def tokenizer_texts(catalogue: Catalogue) -> Iterator[str]:
         yield from [title] * max(int(count), 1)
 
 
+def stream(encode, rows: int, model: policy.Policy, settings: ConfigDict, seed: int):
+    """(start=, stop=) -> this host's batches of those updates, of rows that `encode` tokenises."""
+    return functools.partial(
+        batches.stream,
+        encode,
+        rows,
+        seed=seed,
+        batch_size=settings.batch_size,
+        unit=sharding.ways(model.mesh) * settings.accumulate,
+        prompt_length=model.encoder.prompt_length,
+        pad_id=model.encoder.pad,
+    )
+
+
 def nll(logps_BxR, constants, batch):
     """Mean negative log-likelihood of a completion token, over the whole batch."""
-    loss = -logps_BxR.sum() / batch["response_mask_BxRxT"].sum()
+    loss = -logps_BxR.sum() / batch["count_BxR"].sum()
     return loss, {"loss": loss}
 
 
@@ -80,22 +91,18 @@ def task(lm, dropout_seed: int = 0) -> Task:
         )
 
     def forward(trainable, frozen, batch):
-        return response_logps(
-            lm, {**frozen, **trainable}, batch["prompt_BxP"], batch["prompt_mask_BxP"],
-            batch["response_BxRxT"], batch["response_mask_BxRxT"], drop_keys(batch),
-        )  # fmt: skip
+        return batch_logps(lm, {**frozen, **trainable}, batch, drop_keys(batch))
 
     return Task(forward, lambda frozen, batch: jnp.zeros((batch["row_B"].shape[0],)), nll)
 
 
 def encode_rows(
     model: policy.Policy, catalogue: Catalogue, titles: TitleTable, rows: Source, index_B: np.ndarray
-) -> dict:
-    """Prompt and true title of some rows, as a batch with R = 1."""
+) -> Encoded:
+    """Prompt and true title of some rows: R = 1."""
     some = rows.take(index_B)
     texts = examples.prompt_texts(model.encoder, catalogue, some.history_ExN, some.candidates_ExC)
-    batch = examples.prompts(model.encoder, texts) | titles.take(some.target_E[:, None])
-    return batch | {"row_B": index_B.astype(np.int32)}
+    return Encoded(model.encoder.prompt_ids(texts), *titles.take(some.target_E[:, None]), {})
 
 
 def validation_figures(config, catalogue, titles, validation: Rows, model: policy.Policy):

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rosepo_jax.errors import UserError
-from rosepo_jax.training import checkpoint, optimizer, sharding
-from rosepo_jax.training.metrics import MetricWriter, Throughput, progress
+from rosepo_jax.training import checkpoint, flops, optimizer, sharding
+from rosepo_jax.training.metrics import Batch, MetricWriter, Throughput, peak_memory, progress
+from rosepo_jax.training.profile import Profiler
 from rosepo_jax.training.step import Task, TrainState, init_state, train_step
 
 
@@ -30,17 +30,19 @@ def train(
     trainable: Mapping[str, jax.Array],
     frozen: Any,
     rows: int,
-    stream: Callable[..., Iterator[dict[str, np.ndarray]]],
+    stream: Callable[..., Iterator[Batch]],
     validate: Callable[[Mapping[str, jax.Array]], dict[str, float]],
     first: Callable[[dict[str, float]], None] = lambda metrics: None,
     length: int | None = None,
+    work: Callable[[Batch], float] | None = None,
 ) -> dict[str, float]:
     """Trains `trainable` for `settings.length` updates and leaves the best or the last parameters in `out`/model.
 
     `trainable` is used up: its buffers become the training state.
 
     `stream(start=, stop=)` yields this host's batches; `validate` gives metrics with "HR@1", the figure that chooses;
-    `first` sees the metrics of the very first update. Resumes from `out`/checkpoints. Returns their validation.
+    `first` sees the metrics of the very first update; `work` counts the FLOPs of an update by its batch. Resumes from
+    `out`/checkpoints. Returns the validation of what it leaves.
     """
     # ---- Set-up: length, optimiser, state -------------------------------------------------------------------------
     sharding.check_batch(mesh, f"{name}.batch_size", settings.batch_size, settings.accumulate)
@@ -52,6 +54,7 @@ def train(
     }
     if settings.keep not in ("best", "last"):
         raise UserError(f"{name}.keep={settings.keep!r}: choose best or last")
+    profiler = Profiler(config.log.profile, out / "profile")
     transformation, schedule = optimizer.make(settings, name, total, rows)
     initialise = functools.partial(init_state, transformation=transformation)
     layout = state_sharding(mesh, jax.eval_shape(initialise, trainable))
@@ -70,6 +73,21 @@ def train(
         donate_argnums=0,
         out_shardings=(layout, None),
     )
+    peak = config.log.peak_flops or flops.peak(mesh.devices.flat[0])
+    throughput = Throughput(work, peak and peak * mesh.size)
+    programs: dict[Any, jax.stages.Compiled] = {}
+    compiled: dict[str, float] = {}  # how long it took, until a line says so
+
+    def program(batch: Mapping[str, Any]) -> jax.stages.Compiled:
+        """The step for batches of these shapes. Updates under way end before it is compiled: none takes that time."""
+        shapes = tuple(x.shape for x in jax.tree.leaves(batch))
+        if shapes not in programs:
+            jax.block_until_ready(state)
+            with throughput.paused():
+                started = time.perf_counter()
+                programs[shapes] = step.lower(state, frozen, batch).compile()
+                compiled["compile_seconds"] = compiled.get("compile_seconds", 0.0) + time.perf_counter() - started
+        return programs[shapes]
 
     def check(number: int, trainable: Mapping[str, jax.Array]) -> None:
         """Validates; what the stage hands on are the best parameters so far, or simply the latest."""
@@ -81,11 +99,11 @@ def train(
             checkpoint.save_params(out / "model", trainable)
             meta["kept"] = figures | {"step": number}
 
-    # ---- Loop: metrics are read one update late, so that the device never waits for the host -----------------------
+    # ---- Loop: while an update runs, the metrics of the one before it are read and the batch of the next one is sent
     if meta["step"] == 0 and meta["kept"] is None:
         check(0, state.trainable)
-    late: tuple[int, dict[str, jax.Array], dict[str, np.ndarray]] | None = None
-    start, throughput = meta["step"], Throughput()
+    late: tuple[int, dict[str, jax.Array], Batch] | None = None
+    start = meta["step"]
 
     def lost_patience() -> bool:
         return 0 < settings.get("patience", 0) <= meta["stale"]
@@ -108,16 +126,22 @@ def train(
         elif number == 1:
             first(metrics)
         if number == start + 1:
-            throughput.read()  # it compiled: no measure of speed
-        elif number % config.log.every == 0 or number == total:
-            metrics |= throughput.read()
+            throughput.read()  # it filled the queues: no measure of speed
         if skipped or number == 1 or number % config.log.every == 0 or number == total:
-            writer.scalars(number, metrics)
+            rates = throughput.read() if number > start + 1 else {}
+            writer.scalars(number, metrics | rates | peak_memory(programs.values()) | compiled)
+            compiled.clear()
 
     stop = start if lost_patience() else total
-    with contextlib.closing(writer), contextlib.closing(checkpoints):
-        for number, batch in zip(progress(range(start + 1, stop + 1), name), stream(start=start, stop=stop)):
-            state, metrics = step(state, frozen, sharding.to_device(mesh, batch))
+    with contextlib.closing(writer), contextlib.closing(checkpoints), contextlib.closing(profiler):
+        batches = throughput.waiting(stream(start=start, stop=stop))
+        for number, batch in zip(progress(range(start + 1, stop + 1), name), batches):
+            on_device = sharding.to_device(mesh, batch)
+            update = program(on_device)
+            profiler.before(number)
+            with jax.profiler.StepTraceAnnotation(name, step_num=number):
+                state, metrics = update(state, frozen, on_device)
+            profiler.after(number, metrics)
             if late is not None:
                 report(late)
             late = (number, metrics, batch)
@@ -126,15 +150,15 @@ def train(
             if number % every[f"{name}.validate"] == 0 or ended:
                 report(late)
                 late = None
-                started = time.perf_counter()
-                check(number, state.trainable)
-                throughput.pause(time.perf_counter() - started)
+                with throughput.paused():
+                    check(number, state.trainable)
                 ended |= lost_patience()
             if number % every["checkpoint.every"] == 0 or ended:
                 if late is not None:
                     report(late)
                     late = None
-                checkpoints.save(number, state, meta)
+                with throughput.paused():
+                    checkpoints.save(number, state, meta)
             if ended:
                 break
     return meta["kept"]

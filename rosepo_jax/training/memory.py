@@ -40,6 +40,7 @@ HARDWARE = {  # bytes that a device reports as its memory
     "h200": 143_771 << 20,
     "v5e": 16_911_433_728,
     "v5p": 102_801_367_040,
+    "v6e": 33_554_432_000,
 }
 GPUS = ("h100", "h200")
 USABLE = 0.9  # of them: the rest is for the estimate's error and for what runtimes keep for themselves
@@ -104,7 +105,7 @@ def stage(
     m, e = config.model, config.evaluate
     sharding.check_batch(mesh, f"{name}.batch_size", settings.batch_size, settings.accumulate)
     sharding.check_batch(mesh, "evaluate.batch_size", e.batch_size)
-    ways = mesh.shape["replica"] * mesh.shape["fsdp"]
+    ways = sharding.ways(mesh)
     step = Work(settings.batch_size // settings.accumulate // ways, m.prompt_length, responses, m.response_length)
     score = Work(e.batch_size // ways, m.prompt_length, config.data.candidates, m.response_length)
 
@@ -187,8 +188,9 @@ def _kept(lm: LanguageModel, work: Work) -> int:
 
 
 def _logits(lm: LanguageModel, work: Work) -> int:
-    """How many logits there are at once: those behind the first token of each response."""
-    return work.B * work.R * (work.T - 1) * lm.config.vocabulary
+    """How many logits there are at once: those behind the first token of each response, or a chunk of them."""
+    positions = work.R * (work.T - 1)
+    return work.B * min(positions, lm.logits_chunk or positions) * lm.config.vocabulary
 
 
 def _bytes(arrays: list[Any]) -> int:

@@ -1,19 +1,27 @@
 """What a run says while it goes: metrics.jsonl, TensorBoard event files (without TensorFlow), progress."""
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, TextIO
 
 import jax
-import numpy as np
 
 from rosepo_jax import files
+from rosepo_jax.data import layouts
 
+Batch = Mapping[str, Any]
+
+# What a clock or a device decides: keys of metrics.jsonl in which equal runs differ.
+MEASURED = (
+    *("prompts_per_second", "pairs_per_second", "tokens_per_second", "tokens_useful", "flops_per_second", "mfu"),
+    *("input_stall", "memory/peak_bytes", "compile_seconds"),
+)
 PLAIN_SECONDS = 30.0  # where no terminal is watching, a line this often is enough to see that a run is alive
 
 
@@ -87,33 +95,91 @@ class MetricWriter:
 
 
 class Throughput:
-    """Rates over the updates counted since the last reading; real tokens only, all hosts together."""
+    """How fast updates go: over those counted since the last reading, all hosts together.
 
-    def __init__(self) -> None:
+    Time that updates do not take (compilation, validation, checkpoints) is `paused`.
+
+        prompts_per_second, pairs_per_second    rows, and rows times rejected responses
+        tokens_per_second                       that are no padding
+        tokens_useful                           their share of all tokens processed
+        input_stall                             share of the time that the loop waited for batches
+        flops_per_second                        by `flops`, of all tokens processed
+        mfu                                     their share of `peak`
+
+    Args:
+        flops: FLOPs of an update, from this host's part of its batch; None: not known, and neither are those per second
+        peak: FLOP/s of all devices together; None: not known, and neither is mfu
+    """
+
+    def __init__(self, flops: Callable[[Batch], float] | None = None, peak: float | None = None) -> None:
+        self.flops, self.peak = flops, peak
         self._restart()
 
     def _restart(self) -> None:
         self._since = time.perf_counter()
-        self._prompts = self._pairs = self._tokens = 0
+        self._waited = self._flops = 0.0
+        self._prompts = self._pairs = self._processed = self._useful = 0
 
-    def count(self, batch: Mapping[str, np.ndarray]) -> None:
+    def count(self, batch: Batch) -> None:
         """Counts one update by its host's part of the batch."""
-        B, R, _ = batch["response_mask_BxRxT"].shape
+        B, R = batch["count_BxR"].shape
+        processed, useful = layouts.tokens(batch)
         self._prompts += B
         self._pairs += B * (R - 1)
-        self._tokens += int(batch["prompt_mask_BxP"].sum() + batch["response_mask_BxRxT"].sum())
+        self._processed += processed
+        self._useful += useful
+        self._flops += self.flops(batch) if self.flops else 0.0
 
-    def pause(self, seconds: float) -> None:
-        """Leaves out time that was not spent on updates."""
-        self._since += seconds
+    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Passes on batches; until there is one, the loop waits."""
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out time that is not spent on updates."""
+        started = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - started
 
     def read(self) -> dict[str, float]:
-        scale = jax.process_count() / max(time.perf_counter() - self._since, 1e-9)
-        rates = {"prompts_per_second": self._prompts * scale, "tokens_per_second": self._tokens * scale}
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        scale = jax.process_count() / seconds
+        rates = {
+            "prompts_per_second": self._prompts * scale,
+            "tokens_per_second": self._useful * scale,
+            "tokens_useful": self._useful / max(self._processed, 1),
+            "input_stall": self._waited / seconds,
+        }
         if self._pairs:
             rates["pairs_per_second"] = self._pairs * scale
+        if self.flops:
+            rates["flops_per_second"] = self._flops * scale
+            if self.peak:
+                rates["mfu"] = self._flops * scale / self.peak
         self._restart()
         return rates
+
+
+def peak_memory(programs: Iterable[jax.stages.Compiled]) -> dict[str, float]:
+    """`memory/peak_bytes`: the most that a device of this host has held since the process began.
+
+    Devices that do not say, as CPUs, get what the largest of `programs` needs: arguments, temporaries and output that
+    takes no argument's place.
+    """
+    said = [stats.get("peak_bytes_in_use", 0) for device in jax.local_devices() if (stats := device.memory_stats())]
+    needed = [
+        m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+        for program in programs
+        if (m := program.memory_analysis()) is not None
+    ]
+    most = max(said, default=0) or max(needed, default=0)
+    return {"memory/peak_bytes": float(most)} if most else {}
 
 
 def _keep(line: str, resume_step: int | None) -> bool:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from rosepo_jax import files, seeds
 from rosepo_jax.data.prompts import Encoder, Template, train_tokenizer
 from rosepo_jax.errors import UserError
-from rosepo_jax.models import checkpoints_hf, families, hub, peft
+from rosepo_jax.models import attention, checkpoints_hf, families, hub, peft
 from rosepo_jax.models import lora as adapters
 from rosepo_jax.models.decoder import DecoderConfig, LanguageModel
 from rosepo_jax.models.lora import LoRAConfig
@@ -82,6 +82,19 @@ def new_architecture(m: ConfigDict, vocabulary: int) -> DecoderConfig:
         mlp_width=m.mlp_width,
         tie_embeddings=m.tie_embeddings,
         max_positions=m.prompt_length + m.response_length,
+    )
+
+
+def language_model(m: ConfigDict, architecture: DecoderConfig, lora: LoRAConfig | None, mesh: Mesh) -> LanguageModel:
+    """The model as the devices of `mesh` compute it."""
+    c = architecture
+    chosen = attention.choose(
+        m.attention, mesh.devices.flat[0].platform, dtype=m.dtype, head_dim=c.head_dim,
+        prompt_length=m.prompt_length, cap=c.attention_cap,
+        sliding=any(c.sliding) and c.window < m.prompt_length,
+    )  # fmt: skip
+    return LanguageModel(
+        c, lora, m.dtype, m.param_dtype, m.remat, m.quantize, chosen, m.logits_chunk, sharding.batch_sharding(mesh)
     )
 
 
@@ -163,8 +176,7 @@ def _assemble(
     """Every parameter from where it comes: `trained`, the PEFT directory `adapter`, the base's files, or a new draw."""
     m = config.model
     lora = LoRAConfig(**described["lora"]) if described["lora"] else None
-    rows = sharding.batch_sharding(mesh)
-    lm = LanguageModel(DecoderConfig(**described["decoder"]), lora, m.dtype, m.param_dtype, m.remat, m.quantize, rows)
+    lm = language_model(m, DecoderConfig(**described["decoder"]), lora, mesh)
     base = described["base"]
     key = jax.random.key(seeds.key(base.get("seed", config.seed), "init") >> 33)
     shapes = jax.eval_shape(lm.init, key)

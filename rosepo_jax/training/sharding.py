@@ -87,10 +87,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("replica", "fsdp")))
 
 
+def ways(mesh: Mesh) -> int:
+    """In how many parts the rows of a batch are split."""
+    return mesh.shape["replica"] * mesh.shape["fsdp"]
+
+
 def check_batch(mesh: Mesh, name: str, batch_size: int, accumulate: int = 1) -> None:
-    ways = mesh.shape["replica"] * mesh.shape["fsdp"] * accumulate
-    if batch_size % ways:
-        raise UserError(f"{name}={batch_size} must be a multiple of {ways} (replica x fsdp x accumulate)")
+    unit = ways(mesh) * accumulate
+    if batch_size % unit:
+        raise UserError(f"{name}={batch_size} must be a multiple of {unit} (replica x fsdp x accumulate)")
 
 
 def to_device(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rosepo_jax.data import batches
+from rosepo_jax.data.layouts import Encoded
 
 sizes = st.integers(1, 40)
 
@@ -26,33 +27,56 @@ def test_epochs_and_seeds_differ():
     assert first == batches.order(7, 0, 50, 50).tolist()
 
 
-def run(start, stop, rows=29, batch_size=8, seed=3):
-    stream = batches.stream(
-        lambda index: {"row": index}, rows, seed=seed, batch_size=batch_size, start=start, stop=stop
-    )
-    return [batch["row"].tolist() for batch in stream]
+def encode(index_B):
+    """Row e: a prompt of 1 + e % 7 tokens, and two responses whose first has 2 tokens, the second 1 + e % 3."""
+    mask_BxRxT = np.arange(4) < np.stack([np.full(len(index_B), 2), 1 + index_B % 3], axis=1)[..., None]
+    return Encoded([[e] * (1 + e % 7) for e in index_B], mask_BxRxT * 5, mask_BxRxT, {"copy_B": index_B.copy()})
+
+
+def run(start, stop, rows=29, batch_size=8, seed=3, unit=1):
+    keys = {"seed": seed, "batch_size": batch_size, "unit": unit, "prompt_length": 9, "pad_id": 0}
+    return list(batches.stream(encode, rows, **keys, start=start, stop=stop))
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_stream_is_the_order():
-    assert run(0, 9) == [batches.order(3, step, 8, 29).tolist() for step in range(9)]
+    """Up to the order within an update, which is by length; what is known of a row stays with it."""
+    for step, batch in enumerate(run(0, 9)):
+        index_B = batches.order(3, step, 8, 29)
+        assert sorted(batch["row_B"]) == sorted(index_B) and (batch["update_B"] == step).all()
+        np.testing.assert_array_equal(batch["copy_B"], batch["row_B"])
+        assert (np.diff(2 + batch["row_B"] % 7 + batch["row_B"] % 3) >= 0).all()
 
 
 @pytest.mark.parametrize("start", [1, 3, 4, 8, 9])
 def test_resume_at_any_step(start):
-    assert run(start, 9) == run(0, 9)[start:]
+    same(run(start, 9), run(0, 9)[start:])
+
+
+def test_a_run_has_few_shapes():
+    """At most one for most batches, one for the others of the sample and one for the limits."""
+    shapes = {
+        tuple((part["prompt_BxP"].shape, part["fed_BxQ"].shape) for part in batch["parts"]) for batch in run(0, 600)
+    }
+    assert 1 <= len(shapes) <= 3
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4, 8])
 def test_hosts_share_each_batch(monkeypatch, hosts):
-    """Side by side, the parts of all hosts are the batch that one host would read."""
-    alone = run(0, 6)
+    """Side by side, the rows of all hosts are the batch that one host would read, in every part and beside them."""
+    alone = run(0, 6, unit=hosts)
     monkeypatch.setattr(jax, "process_count", lambda: hosts)
     parts = []
     for host in range(hosts):
         monkeypatch.setattr(jax, "process_index", lambda host=host: host)
-        parts.append(run(0, 6))
-    assert {len(batch) for part in parts for batch in part} == {8 // hosts}
-    assert [[row for piece in pieces for row in piece] for pieces in zip(*parts)] == alone
+        parts.append(run(0, 6, unit=hosts))
+    assert {len(batch["row_B"]) for part in parts for batch in part} == {8 // hosts}
+    for pieces, whole in zip(zip(*parts), alone):
+        same(jax.tree.map(lambda *x: np.concatenate(x), *pieces), whole)
 
 
 @given(st.integers(0, 40), st.integers(1, 12))

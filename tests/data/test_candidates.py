@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
+from rosepo_jax import seeds
 from rosepo_jax.data import candidates
 from rosepo_jax.errors import UserError
 
@@ -60,6 +61,28 @@ def test_negatives_are_uniform_over_items_and_slots():
     assert np.abs(count_I / 20000 - 5 / 20).max() < 4 * np.sqrt(0.25 * 0.75 / 20000)
     slot_C = np.bincount((lists == 7).argmax(1)[(lists == 7).any(1)], minlength=6) / 20000
     assert np.abs(slot_C - 1 / 24).max() < 4 * np.sqrt(1 / 24 * 23 / 24 / 20000)
+
+
+@pytest.mark.parametrize("items", [40, 3000])
+def test_lists_are_the_first_draws_that_may_be_listed(items, monkeypatch):
+    """With equal titles, a past and a history; of few items most rows draw one twice, of many hardly any."""
+    monkeypatch.setattr(candidates, "BLOCK", 100)  # several blocks
+    rng = np.random.default_rng(items)
+    group_I = np.minimum(np.arange(items), items - 5)
+    user, item, position = rng.integers(0, 9, 100), rng.integers(0, items, 100), rng.integers(0, 30, 100)
+    pool = candidates.pool(user, item, position, group_I, np.ones(items))
+    user_E, position_E, target_E = rng.integers(0, 9, 120), np.arange(120) % 30, rng.integers(0, items, 120)
+    history_ExN = rng.integers(-1, items, (120, 3))
+    columns = user_E, position_E, history_ExN, target_E
+    lists = candidates.draw(pool, *columns, size=8, seed=5, split="test")
+    key = seeds.key(5, "candidates", "test")
+    for listed, u, p, history, target in zip(lists, *columns, strict=True):
+        banned = {group_I[target], *group_I[history[history >= 0]], *group_I[item[(user == u) & (position < p)]]}
+        wanted = {}
+        for uniform in seeds.uniform(key, u, p, np.arange(400)):
+            if (group := group_I[int(uniform * items)]) not in banned:
+                wanted.setdefault(group, int(uniform * items))
+        assert listed[listed != target].tolist() == list(wanted.values())[:7]
 
 
 def inclusion(weight, k):

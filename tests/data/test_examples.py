@@ -45,16 +45,14 @@ def test_pad_keeps_every_row(rows, length):
 @given(st.integers(1, 3000), st.integers(1, 3000))
 def test_width_holds_the_longest_within_the_limit(longest, limit):
     limit = max(longest, limit)
-    for widths in (examples.PROMPT_WIDTHS, examples.RESPONSE_WIDTHS):
-        found = examples.width(longest, widths, limit)
-        assert longest <= found <= limit
-        assert found in widths or found == limit
-        assert all(w < longest or w >= found for w in widths)
+    found = examples.width(longest, examples.WIDTHS, limit)
+    assert longest <= found <= limit
+    assert found in examples.WIDTHS or found == limit
+    assert all(w < longest or w >= found for w in examples.WIDTHS)
 
 
-def test_widths_grow_by_at_most_a_half_or_double():
-    for widths, limit in ((examples.PROMPT_WIDTHS, 1.5), (examples.RESPONSE_WIDTHS, 2)):
-        assert all(1 < b / a <= limit for a, b in itertools.pairwise(widths))
+def test_widths_grow_by_at_most_a_half():
+    assert all(1 < b / a <= 1.5 for a, b in itertools.pairwise(examples.WIDTHS))
 
 
 def test_prompts():
@@ -67,23 +65,25 @@ def test_prompts():
 
 def test_responses_keep_rows_and_their_order():
     texts = [["a", "bcd", "e"], ["fg", "h", "abcdefg"]]
-    batch = examples.responses(Letters(), texts)
-    assert batch["response_BxRxT"].shape == (2, 3, 8)
+    tokens_BxRxT, mask_BxRxT = examples.responses(Letters(), texts)
+    assert tokens_BxRxT.shape == mask_BxRxT.shape == (2, 3, 12)
     for b, row in enumerate(texts):
         for r, text in enumerate(row):
-            real = batch["response_BxRxT"][b, r][batch["response_mask_BxRxT"][b, r]]
-            assert real.tolist() == [*map(ord, text), EOS]
+            assert tokens_BxRxT[b, r][mask_BxRxT[b, r]].tolist() == [*map(ord, text), EOS]
 
 
-def test_titles_are_cut_to_the_longest_taken():
+def test_titles_are_those_taken():
     table = examples.TitleTable(Letters(), ["a", "bcd", "abcdefghijk"])
     assert table.length_I.tolist() == [2, 4, 12]
-    assert table.tokens_IxT.shape == (3, 12)
-    for items, width in (([[0, 0]], 2), ([[0, 1]], 4), ([[1, 2]], 12)):
-        taken = table.take(np.array(items))
-        assert taken["response_BxRxT"].shape == (1, 2, width)
-        for r, item in enumerate(items[0]):
-            assert taken["response_BxRxT"][0, r][taken["response_mask_BxRxT"][0, r]].tolist() == table.ids[item]
+    tokens_BxRxT, mask_BxRxT = table.take(np.array([[2, 0, 1]]))
+    assert tokens_BxRxT.shape == mask_BxRxT.shape == (1, 3, 12)
+    assert [t[m].tolist() for t, m in zip(tokens_BxRxT[0], mask_BxRxT[0])] == [table.ids[item] for item in (2, 0, 1)]
+
+
+def test_scored_prompts_and_responses_are_padded_to_few_widths():
+    part = examples.scored(Letters(), ["a", "b" * 19], *examples.responses(Letters(), [["a", "bcd"], ["fg", "h"]]))
+    assert part["prompt_BxP"].shape == (2, 24) and part["response_BxRxT"].shape == (2, 2, 12)
+    assert part["fed_BxQ"].tolist() == [[0, 11, 12, 13] + [22] * 12, [0, 1, 11] + [22] * 13]
 
 
 @pytest.mark.parametrize("uses", [True, False])

@@ -63,6 +63,25 @@ def test_a_slot_that_follows_the_target_fails_though_the_negatives_are_fresh():
     assert found["flagged"] and found["train"]["slot"]["flagged"] and not found["train"]["negatives"]["flagged"]
 
 
+def test_overlaps_are_those_of_sets(monkeypatch):
+    monkeypatch.setattr(leak, "BLOCK", 10 * SIZE**2)  # several blocks
+    memory, test = rows(150, "train", seeded_by_target), rows(60, "test", fresh)
+    seen = {}
+    for target, listed in zip(memory.target_E[::-1], memory.candidates_ExC[::-1]):
+        seen[target] = set(listed)
+    hits, same, known = [], [], []
+    for target, listed in zip(test.target_E, test.candidates_ExC):
+        if target in seen:
+            score = {item: len(seen[item] & set(listed) - {item}) for item in listed if item in seen}
+            best = [item for item in score if score[item] == max(score.values())]
+            hits.append((target in best) / len(best))
+            same.append(len(seen[target] & set(listed) - {target}))
+            known.append(1 / len(score))
+    found = leak.memoriser(memory, test)
+    assert found["HR@1"] == pytest.approx(np.mean(hits)) and found["chance"] == pytest.approx(np.mean(known))
+    assert found["n"] == len(hits) > 20 and leak.overlap(memory, test)["same"] == pytest.approx(np.mean(same))
+
+
 def test_items_without_a_remembered_list_do_not_compete():
     """One row: of its candidates only the target and one other item have been targets, so chance is a half."""
     memory = Rows(*(np.zeros(2),) * 2, np.zeros((2, 1)), np.array([0, 1]), np.array([[0, 5, 6], [7, 1, 8]]))

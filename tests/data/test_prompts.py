@@ -159,10 +159,8 @@ def test_pad_may_be_eos(tmp_path):
     encoder = Encoder(saved(tmp_path, pad=None), Template.load("titles"), 64, 32)
     assert encoder.pad == encoder.eos
     texts = ["Argo (2012)", "Amélie and Lincoln (2012)"]
-    batch = examples.responses(encoder, [[text] for text in texts])
-    for ids, mask, text in zip(
-        batch["response_BxRxT"][:, 0], batch["response_mask_BxRxT"][:, 0], ["Argo (2012)", None]
-    ):
+    tokens_BxRxT, mask_BxRxT = examples.responses(encoder, [[text] for text in texts])
+    for ids, mask, text in zip(tokens_BxRxT[:, 0], mask_BxRxT[:, 0], ["Argo (2012)", None]):
         real = ids[mask]
         assert real[-1] == encoder.eos and (real[:-1] != encoder.eos).all()
         assert text is None or encoder.decode(real) == text
@@ -260,9 +258,7 @@ def test_one_encoder_gives_the_same_ids_everywhere(encoder):
     written = examples.responses(encoder, [[TITLES[i] for i in row] for row in items])
     trie = compile_trie(table.ids, encoder.eos)
     for (b, r), item in np.ndenumerate(items):
-        real = [
-            batch["response_BxRxT"][b, r][batch["response_mask_BxRxT"][b, r]].tolist() for batch in (taken, written)
-        ]
+        real = [tokens_BxRxT[b, r][mask_BxRxT[b, r]].tolist() for tokens_BxRxT, mask_BxRxT in (taken, written)]
         assert real[0] == real[1] == encoder.response_ids([TITLES[item]])[0]
         node = 0
         for token in real[0][:-1]:

@@ -415,6 +415,54 @@ def test_titles_survive_csv_and_json_alike(tmp_path, titles):
     assert csv.titles == json_lines.titles == tuple(clean(t) or f"untitled {i}" for i, t in enumerate(titles))
 
 
+def outcome(path: pathlib.Path, **settings):
+    """What is read, or the error's text without the file's name."""
+    try:
+        raw = read("table", path, titles=str(path.parent / "titles.jsonl"), **settings)
+    except UserError as error:
+        return str(error).replace(path.name, "log")
+    columns = [None if column is None else column.tolist() for column in vars(raw.interactions).values()]
+    return columns, raw.users, raw.catalogue.ids, raw.repairs, raw.timed
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
+@given(
+    st.sampled_from([int, str]),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(0, 2), st.integers(1, 5)), min_size=1),
+    st.integers(1, 6),
+)
+def test_whole_columns_of_parquet_are_what_rows_one_by_one_are(tmp_path, monkeypatch, kind, rows, known):
+    monkeypatch.setattr(sources.tables, "_parquet", None)  # reads rows one by one
+    (tmp_path / "titles.jsonl").write_text(jsonl(*({"item": kind(i), "title": f"Title {i}"} for i in range(known))))
+    records = [
+        {"user": kind(7 - user), "item": kind(item), "timestamp": time + 0.5, "stars": stars}
+        for user, item, time, stars in rows
+    ]
+    paths = [write_table(tmp_path / f"log.{name}", records) for name in ("parquet", "jsonl")]
+    for columns in ({"rating": "stars"}, {"timestamp": ""}):
+        by_column, by_row = (outcome(path, columns=columns) for path in paths)
+        assert by_column == by_row
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"user": None}, "row 3: user 'None' is neither text nor a whole number"),
+        ({"user": " "}, "row 3: the user id is empty"),
+        ({"item": ""}, "row 3: the item id is empty"),
+        ({"timestamp": float("nan")}, "row 3: timestamp 'nan' is not a finite number"),
+        ({"timestamp": None}, "row 3: timestamp 'None' is not a finite number"),
+        ({"rating": float("inf")}, "row 3: rating 'inf' is not a finite number"),
+    ],
+)
+def test_a_bad_value_of_a_parquet_column_is_named_by_its_row(tmp_path, bad, message):
+    good = {"user": "u", "item": "i", "timestamp": 1.0, "rating": 2.0}
+    path = write_table(tmp_path / "log.parquet", [good, good, good | bad])
+    (tmp_path / "titles.jsonl").write_text(jsonl({"item": "i", "title": "Title"}))
+    assert message in outcome(path, columns={"rating": "rating"})
+    assert "row 1 has no column 'stars'" in outcome(path, columns={"rating": "stars"})
+
+
 # --- Amazon ----------------------------------------------------------------------------------------------------------
 
 

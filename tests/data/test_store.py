@@ -7,6 +7,7 @@ import grain
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
 
 from rosepo_jax.data import store
 from rosepo_jax.data.rows import Rows
@@ -54,6 +55,31 @@ def test_source_is_random_access_for_grain(dataset):
         np.testing.assert_array_equal(getattr(some, field.name), getattr(rows, field.name)[[5, 0, 69]])
     batches = list(grain.MapDataset.range(10).map(lambda b: source.take(range(7 * b, 7 * b + 7)).target_E))
     np.testing.assert_array_equal(np.concatenate(batches), rows.target_E)
+
+
+def test_a_large_split_has_several_files_of_grouped_records(tmp_path, monkeypatch):
+    rows = {"train": make_rows(700), "test": make_rows(9)}
+    monkeypatch.setattr(store, "LARGE", 100)
+    monkeypatch.setattr(store, "SHARD", 40_000)
+    monkeypatch.setattr(store, "BLOCK", 64)
+    store.write(tmp_path / "dataset", rows, N, C)
+    readers = {path.name: ArrayRecordReader(str(path)) for path in sorted(tmp_path.glob("dataset/*.array_record*"))}
+    options = {name: reader.writer_options_string().split(",")[0] for name, reader in readers.items()}
+    assert options == {
+        "rosepo_rows-test.array_record-00000-of-00001": "group_size:1",
+        **{f"rosepo_rows-train.array_record-0000{file}-of-00003": "group_size:64" for file in range(3)},
+    }
+    assert equal(store.read(tmp_path / "dataset", "train"), rows["train"])
+    some = np.random.default_rng(0).integers(0, 700, 300)
+    source = store.source(tmp_path / "dataset", "train")
+    assert equal(source.take([*some, 5, 6, 7]), rows["train"].take([*some, 5, 6, 7]))
+    assert len(source.take([])) == 0
+    for outside in ([-1, 5], [700]):
+        with pytest.raises(IndexError, match="of a split of 700 rows"):
+            source.take(outside)
+    theirs = tfds.builder_from_directory(tmp_path / "dataset").as_data_source(split="train")
+    assert len(theirs) == 700
+    np.testing.assert_array_equal([theirs[i]["candidates"] for i in some[:20]], rows["train"].candidates_ExC[some[:20]])
 
 
 def test_any_tfds_user_can_read_it(dataset):

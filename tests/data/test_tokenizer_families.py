@@ -111,8 +111,8 @@ def control_ids(folder):
     return {id for id, token in reference_at(folder).added_tokens_decoder.items() if not token.content.isspace()}
 
 
-def real_ids(batch):
-    return [ids[mask].tolist() for ids, mask in zip(batch["response_BxRxT"][:, 0], batch["response_mask_BxRxT"][:, 0])]
+def real_ids(tokens_Bx1xT, mask_Bx1xT):
+    return [ids[mask].tolist() for ids, mask in zip(tokens_Bx1xT[:, 0], mask_Bx1xT[:, 0])]
 
 
 def saved_with(folder, chat_template, tmp_path):
@@ -140,10 +140,9 @@ def test_bos_stands_once_at_the_start_and_eos_once_at_the_end(folders, case, enc
 
 def test_the_mask_holds_every_eos_and_no_padding(folders, case, encoder):
     assert encoder.pad == id_of(folders[case[0]], PAD[case[0]])
-    batch = examples.responses(encoder, [[title] for title in TITLES])
-    assert real_ids(batch) == encoder.response_ids(TITLES)
-    assert (batch["response_BxRxT"][~batch["response_mask_BxRxT"]] == encoder.pad).all()
-    assert not batch["response_mask_BxRxT"].all()
+    tokens_BxRxT, mask_BxRxT = examples.responses(encoder, [[title] for title in TITLES])
+    assert real_ids(tokens_BxRxT, mask_BxRxT) == encoder.response_ids(TITLES)
+    assert (tokens_BxRxT[~mask_BxRxT] == encoder.pad).all() and not mask_BxRxT.all()
 
 
 @pytest.mark.parametrize("family", CHATS)
@@ -232,7 +231,7 @@ def test_a_title_has_the_same_ids_in_every_stage(folders, case, encoder):
     table = examples.TitleTable(encoder, TITLES)
     assert table.ids == encoder.response_ids(TITLES) == [encoder.response_ids([title])[0] for title in TITLES]
     taken = table.take(np.arange(len(TITLES))[:, None])
-    assert table.ids == real_ids(taken) == real_ids(examples.responses(encoder, [[title] for title in TITLES]))
+    assert table.ids == real_ids(*taken) == real_ids(*examples.responses(encoder, [[title] for title in TITLES]))
 
     trie, paths, stack = compile_trie(table.ids, encoder.eos), {}, [(0, ())]
     while stack:
@@ -253,7 +252,7 @@ def test_a_title_has_the_same_ids_in_every_stage(folders, case, encoder):
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12), min_size=1, max_size=4))
 def test_any_text_is_masked_to_its_end_and_free_of_control_tokens(folders, family, chat, texts):
     encoder, control = encoder_at(folders[family], chat), control_ids(folders[family])
-    rows = real_ids(examples.responses(encoder, [[text] for text in texts]))
+    rows = real_ids(*examples.responses(encoder, [[text] for text in texts]))
     for row, ids in zip(rows, encoder.ids(texts), strict=True):
         assert len(row) == len(ids) + 1 and row == [*ids, encoder.eos]
         assert ids and control.isdisjoint(ids)

@@ -11,6 +11,8 @@ import sys
 import numpy as np
 import pytest
 
+from rosepo_jax.training.metrics import MEASURED
+
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = "--config=configs/demo.py:smoke"
 BEFORE_ALIGN = ("prepare", "oracle", "sft", "pairs")
@@ -160,6 +162,18 @@ def test_stored_equals_computed(rosepo, whole, workdir, setting):
         assert_close(metrics(workdir, name), metrics(whole, name), 1e-5)
 
 
+def test_stages_that_train_say_how_fast_and_the_report_says_it_again(whole):
+    summary = json.loads((whole / "report" / "summary.json").read_text())
+    assert list(summary["training"]) == ["sft", "align"]
+    for stage, pairs in (("sft", set()), ("align", {"pairs_per_second"})):
+        last = [row for row in rows(whole / stage / "metrics.jsonl") if "loss" in row][-1]
+        # There is no published peak of a CPU.
+        known = set(MEASURED) - {"mfu", "compile_seconds", "pairs_per_second"} | pairs
+        assert last.keys() & set(MEASURED) == known
+        assert summary["training"][stage].keys() == known | {"compile_seconds"}
+    assert "Speed and memory" in (whole / "report" / "report.html").read_text()
+
+
 def test_killed_and_started_again(rosepo, whole, workdir):
     """A kill in the middle changes neither the metrics nor the model."""
     prelude = (
@@ -176,7 +190,7 @@ def test_killed_and_started_again(rosepo, whole, workdir):
     found, expected = (rows(w / "align" / "metrics.jsonl") for w in (workdir, whole))
     assert [row["step"] for row in found] == [row["step"] for row in expected]
     for one, other in zip(found, expected):
-        shared = {key for key in one.keys() & other.keys() if not key.endswith("_per_second")}
+        shared = {key for key in one.keys() & other.keys() if key not in MEASURED}
         assert {key: one[key] for key in shared} == pytest.approx(
             {key: other[key] for key in shared}, rel=1e-4, abs=1e-6
         )

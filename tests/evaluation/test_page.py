@@ -26,6 +26,7 @@ HEADINGS = [
     "Calibration",
     "Examples",
     "Learning curves",
+    "Speed and memory",
     "Preference pairs",
     "Data",
     "How it was made",
@@ -164,6 +165,7 @@ def test_page_holds_the_numbers_of_the_results(words):
         "0.050 [0.030, 0.070] n = 31",  # a metric of fewer rows
         "43,510",
         "0.448 · 0.440 · 0.452 · 0.446",
+        "align 300.0 5,000.0 0.930 2.000 0.400 0.009 1.500 12.500 Median of the log lines",
     ):
         assert text in words, text
 

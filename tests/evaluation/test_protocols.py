@@ -19,10 +19,9 @@ from rosepo_jax.evaluation import protocols
 
 @pytest.fixture(scope="module", autouse=True)
 def two_widths():
-    """Batches are padded to one of two widths each way, so that few programs are compiled."""
+    """Batches are padded to one of two widths, so that few programs are compiled."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(examples, "PROMPT_WIDTHS", [48, 96])
-        patch.setattr(examples, "RESPONSE_WIDTHS", [8, 32])
+        patch.setattr(examples, "WIDTHS", [48, 96])
         yield
 
 

@@ -257,6 +257,23 @@ def test_summary_is_the_headline():
     assert len(found["defects"]) == 2 and found["left_out"] == []
 
 
+def test_speed_is_the_median_line_the_mean_stall_the_most_memory_and_all_compilation():
+    curve = reported.material().metrics["align"]
+    found = report.speed([*curve, {"step": 30, "compile_seconds": 1.5}, {"step": 30, "pairs_per_second": None}])
+    assert found == {
+        "pairs_per_second": 300.0,
+        "tokens_per_second": 5000.0,
+        "tokens_useful": 0.93,
+        "flops_per_second": 2e12,
+        "mfu": 0.4,
+        "input_stall": pytest.approx(9 * 0.03 / 29),
+        "memory/peak_bytes": 1.5 * 2**30,
+        "compile_seconds": 14.0,
+    }
+    assert report.speed([{"step": 1, "loss": 0.5}]) == {}
+    assert list(report.summary(reported.material())["training"]) == ["align"]
+
+
 def test_flags_are_the_settings_that_are_no_defaults():
     c = config.default()
     assert report.flags(reported.material()) == []

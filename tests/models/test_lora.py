@@ -100,21 +100,24 @@ def test_dropout_is_of_the_row_and_the_update_alone():
         for path, value in lm.init(jax.random.key(0)).items()
     }
     keys = jax.vmap(jax.random.key)(jnp.arange(2))
-    dropped = logps(lm, params, *BATCH, keys)
-    swapped = logps(lm, params, *(x[::-1] for x in BATCH), keys[::-1])
+    dropped = logps(lm, params, *BATCH, None, keys)
+    swapped = logps(lm, params, *(x[::-1] for x in BATCH), None, keys[::-1])
     np.testing.assert_allclose(swapped, dropped[::-1], rtol=1e-5)
-    alone = logps(lm, params, *(x[1:] for x in BATCH), keys[1:])
+    prompt, mask, *responses = BATCH
+    wider = (np.pad(x, ((0, 0), (0, 3))) for x in (prompt, mask))
+    np.testing.assert_allclose(logps(lm, params, *wider, *responses, None, keys), dropped, rtol=1e-5)
+    alone = logps(lm, params, *(x[1:] for x in BATCH), None, keys[1:])
     np.testing.assert_allclose(alone, dropped[1:], rtol=1e-5)
     plain = logps(lm, params, *BATCH)
     np.testing.assert_array_equal(plain, logps(LanguageModel(CONFIG, LORA), params, *BATCH))
     assert np.abs(dropped - plain).max() > 0.1
-    other = logps(lm, params, *BATCH, jax.vmap(jax.random.key)(jnp.arange(2) + 7))
+    other = logps(lm, params, *BATCH, None, jax.vmap(jax.random.key)(jnp.arange(2) + 7))
     assert np.abs(dropped - other).max() > 0.1
 
 
 def test_dropout_keeps_the_mean_and_each_map_draws_its_own():
     x = jnp.ones((3, 400, 50))
-    keys = jax.vmap(jax.random.key)(jnp.arange(3))
+    keys = jax.vmap(jax.random.key)(jnp.arange(3 * 400)).reshape(3, 400)
     one, two = (decoder._drop(x, keys, 0.25, path) for path in ("attention/query", "attention/key"))
     assert set(np.unique(one)) == {0.0, np.float32(1 / 0.75)}
     # 60,000 draws: the mean's standard deviation is sqrt(.25 / .75 / 60000) = .0024.

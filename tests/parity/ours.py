@@ -64,7 +64,7 @@ def batch(prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]], P: int = 0
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(lm, params, b):
     first, later = lm.states(params, b["prompt_BxP"], b["prompt_mask_BxP"], b["response_BxRxT"])
-    return lm.logits(params, jnp.concatenate([first[:, None], later[:, 0]], axis=1))
+    return lm.logits(params, jnp.concatenate([first[:, None], later], axis=1))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -92,9 +92,16 @@ def continuations(lm, params, prompts: Sequence[Ids], tokens: int) -> list[list[
     return np.asarray(found).tolist()
 
 
-def preference_batch(rows: Sequence[Row], rejected: bool = True) -> dict[str, np.ndarray]:
-    b = batch([row.prompt for row in rows], [[row.chosen, row.rejected][: 1 + rejected] for row in rows])
-    return b | {"row_B": np.arange(len(rows), dtype=np.int32), "epsilon_BxK": np.zeros((len(rows), 1), np.float32)}
+def preference_batch(rows: Sequence[Row], rejected: bool = True) -> dict:
+    part = batch([row.prompt for row in rows], [[row.chosen, row.rejected][: 1 + rejected] for row in rows])
+    return update_batch(part, np.zeros((len(rows), 1), np.float32))
+
+
+def update_batch(part: dict[str, np.ndarray], epsilon_BxK: np.ndarray) -> dict:
+    """The batch of one update, all in one part."""
+    count_BxR = part["response_mask_BxRxT"].sum(axis=2)
+    row_B = np.arange(len(count_BxR), dtype=np.int32)
+    return {"parts": (part,), "count_BxR": count_BxR, "row_B": row_B, "update_B": 0 * row_B, "epsilon_BxK": epsilon_BxK}
 
 
 def preference_task(lm, objective: str | Objective = "dpo", factor: Smoothing = Smoothing("none")) -> Task:  # noqa: B008

@@ -89,7 +89,7 @@ def test_one_update_of_a_llama(checkpoint, within, case):
     torch.optim.SGD(model.parameters(), rate).step()
 
     lm, params = ours.load(directory)
-    batch = ours.batch(prompts, responses) | {"row_B": np.arange(B, dtype=np.int32), "epsilon_BxK": EPSILON}
+    batch = ours.update_batch(ours.batch(prompts, responses), EPSILON)
     task, frozen_reference = ours.preference_task(lm, objective, factor), ours.load(other)[1]
     (update,) = ours.updates(task, optax.sgd(rate), params, batch, 1, frozen_reference)
     within("update loss", case, abs(update.loss - expected.item()), 1e-6)

@@ -1,5 +1,6 @@
 """Log-probabilities of responses: what they add up to, what they never see, and what is never computed."""
 
+import dataclasses
 import re
 
 import jax
@@ -7,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rosepo_jax.data import layouts
 from rosepo_jax.models.decoder import DecoderConfig, LanguageModel
-from rosepo_jax.preference.logprobs import response_logps
+from rosepo_jax.models.lora import LoRAConfig
+from rosepo_jax.preference.logprobs import batch_logps, response_logps
 
 CONFIG = DecoderConfig(vocabulary=23, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp_width=24)
 LM = LanguageModel(CONFIG)
@@ -75,6 +78,81 @@ def test_float32_whatever_the_parameters():
     )(params)
     assert value.dtype == jnp.float32 and np.isfinite(value)
     assert all(g.dtype == jnp.bfloat16 and np.isfinite(g.astype(jnp.float32)).all() for g in gradient.values())
+
+
+# ---- Packed responses, parts and chunks ------------------------------------------------------------------------------
+
+
+def packed(Q, order=None):
+    """The tokens that are fed, Q of them, in the order of `padded` or of `order`."""
+    part = layouts.padded([[0]] * 2, RESPONSE, RESPONSE_MASK, 1, Q, 0)
+    return part["fed_BxQ"] if order is None else part["fed_BxQ"][:, order]
+
+
+@jax.jit
+def value_and_gradient(fed_BxQ):
+    weight_BxR = jnp.array([[1.0, -0.7, 0.3, 0.4], [-0.2, 0.9, 0.5, -1.1]])
+
+    def weighted(params):
+        return (weight_BxR * response_logps(LM, params, PROMPT, PROMPT_MASK, RESPONSE, RESPONSE_MASK, fed_BxQ)).sum()
+
+    return jax.value_and_grad(weighted)(PARAMS)
+
+
+def close(found, expected):
+    """Equal but for rounding: values to 1e-6 of their size, gradients to 1e-5 of each array's norm."""
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    for path, want in expected[1].items():
+        assert np.linalg.norm(found[1][path] - want) <= 1e-5 * np.linalg.norm(want), path
+
+
+@pytest.mark.parametrize("Q", [8, 11])
+def test_packed_responses_equal_padded_ones(Q):
+    """7 and 8 of 16 tokens are real: the packed program never sees the others, and any order will do."""
+    assert (packed(Q) < 16).sum(axis=1).tolist() == [7, 8]
+    expected = value_and_gradient(np.tile(np.arange(16), (2, 1)))
+    close(value_and_gradient(packed(Q)), expected)
+    close(value_and_gradient(packed(Q, np.arange(Q)[::-1])), expected)
+
+
+@pytest.mark.parametrize("config", ["window", "sandwich"])
+def test_packing_with_windows_caps_and_norms(config):
+    lm = LanguageModel(dataclasses.replace(CONFIG, **KINDS[config]))
+    params = lm.init(jax.random.key(1))
+    batch = (PROMPT, PROMPT_MASK, RESPONSE, RESPONSE_MASK)
+    np.testing.assert_allclose(logps(lm, params, *batch, packed(9)), logps(lm, params, *batch), rtol=1e-5)
+
+
+KINDS = {
+    "window": {"sliding": (True, False), "window": 4, "local_rope_theta": 100.0},
+    "sandwich": {"post_norms": True, "query_key_norm": True, "attention_cap": 5.0, "logit_cap": 3.0},
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8, 100])
+def test_chunks_of_logits_change_no_number(chunk):
+    fed_BxQ, batch = packed(8), (PROMPT, PROMPT_MASK, RESPONSE, RESPONSE_MASK)
+
+    def run(lm):
+        return jax.jit(jax.value_and_grad(lambda p: (response_logps(lm, p, *batch, fed_BxQ) ** 2).sum()))(PARAMS)
+
+    close(run(dataclasses.replace(LM, logits_chunk=chunk)), run(LM))
+
+
+def test_parts_of_a_batch_equal_one_padded_batch():
+    """Rows cut into two parts of other widths, with a key each for dropout: as if they had been padded alike."""
+    lm = LanguageModel(CONFIG, LoRAConfig(rank=2, alpha=4.0, targets=".*", dropout=0.5))
+    params = {path: x + 0.1 for path, x in lm.init(jax.random.key(0)).items()}
+    prompts = [row[mask].tolist() for row, mask in zip(PROMPT, PROMPT_MASK)]
+    encoded = layouts.Encoded(prompts, RESPONSE[:, :1], RESPONSE_MASK[:, :1], {"row_B": np.arange(2)})
+    keys_B = jax.vmap(jax.random.key)(jnp.arange(2))
+
+    def run(layout):
+        batch = layouts.lay_out([layout], encoded, pad_id=0)
+        return jax.jit(batch_logps, static_argnums=0)(lm, params, batch, keys_B[batch["row_B"]])
+
+    parts = run((layouts.Part(1, 3, 3), layouts.Part(1, 6, 4)))
+    np.testing.assert_allclose(parts, run((layouts.Part(2, 9, 4),)), rtol=1e-5)
 
 
 def array_shapes(text):

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from rosepo_jax import config as defaults
 from rosepo_jax.errors import UserError
 from rosepo_jax.training import checkpoint, loop, sharding
-from rosepo_jax.training.metrics import Throughput
+from rosepo_jax.training.metrics import MEASURED
 from rosepo_jax.training.step import Task
 
 STEPS, BATCH = 12, 8
@@ -31,8 +31,9 @@ def batch_of(step):
     mask = np.arange(8) < generator.integers(1, 9, (BATCH, 1))
     y = x @ TRUTH + 0.1 * generator.normal(size=(BATCH, 8)).astype(np.float32)
     ids = 1000 * step + np.arange(BATCH, dtype=np.int32)
-    lengths = {"prompt_mask_BxP": mask, "response_mask_BxRxT": mask[:, None, :3]}  # what is counted for the rates
-    return {"row_B": ids, "x": x, "y": y, "mask": mask, **lengths}
+    ones = np.ones((BATCH, 1), np.int32)
+    counted = {"parts": ({"prompt_BxP": mask, "prompt_mask_BxP": mask, "fed_BxQ": ones},), "count_BxR": ones}
+    return {"row_B": ids, "x": x, "y": y, "mask": mask, **counted}
 
 
 def stream(*, start, stop):
@@ -60,25 +61,40 @@ def by_distance(trainable):
     return {"HR@1": -float(np.square(sharding.to_host(trainable["embedding"]) - TRUTH).mean())}
 
 
-def train(out, *, stream=stream, validate=by_distance, log_every=1, task=TASK, first=lambda metrics: None, **keys):
+def train(
+    out,
+    *,
+    stream=stream,
+    validate=by_distance,
+    interval="2 steps",
+    log_every=1,
+    task=TASK,
+    first=lambda metrics: None,
+    profile="",
+    **keys,
+):
     config = defaults.default()
-    config.log.every, config.log.tensorboard = log_every, False
+    config.log.every, config.log.tensorboard, config.log.profile = log_every, False, profile
+    config.log.peak_flops = 1e9
     config.checkpoint.every = "3 steps"
     config.sft.batch_size, config.sft.length = BATCH, f"{STEPS} steps"
-    config.sft.learning_rate, config.sft.validate = 0.05, "2 steps"
+    config.sft.learning_rate, config.sft.validate = 0.05, interval
     config.sft.update(keys)
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2, 1), sharding.AXES)
     return loop.train(
         name="sft", config=config, settings=config.sft, out=pathlib.Path(out), mesh=mesh, task=task,
         trainable=sharding.place(mesh, {"embedding": START}), frozen={"zero": jnp.zeros((BATCH,))},
-        rows=100, stream=stream, validate=validate, first=first,
+        rows=100, stream=stream, validate=validate, first=first, work=lambda batch: 1e6,
     )  # fmt: skip
 
 
 def rows(out):
     """metrics.jsonl without what a clock decides."""
-    lines = (pathlib.Path(out) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.endswith("_per_second")} for line in lines]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in lines(out)]
+
+
+def lines(out):
+    return list(map(json.loads, (pathlib.Path(out) / "metrics.jsonl").read_text().splitlines()))
 
 
 def model(out):
@@ -249,10 +265,59 @@ def test_the_last_parameters_are_handed_on_when_asked(tmp_path):
         train(tmp_path / "other", keep="first")
 
 
-def test_rates_count_real_tokens_prompts_and_pairs(monkeypatch):
-    clock = iter([10.0, 12.0, 12.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    throughput = Throughput()
-    mask = np.array([[[True, True], [True, False], [True, True]]] * 4)
-    throughput.count({"prompt_mask_BxP": np.ones((4, 5), bool), "response_mask_BxRxT": mask})
-    assert throughput.read() == {"prompts_per_second": 2.0, "tokens_per_second": 20.0, "pairs_per_second": 4.0}
+def test_every_line_says_how_fast_it_goes(straight):
+    """But the first: its update waits for what is read ahead. What is compiled is said once."""
+    first, *others = (row for row in lines(straight[0]) if "loss" in row)
+    assert first.keys() & set(MEASURED) == {"compile_seconds", "memory/peak_bytes"}
+    for row in others:
+        # One response a row: there are no pairs.
+        assert set(MEASURED) - row.keys() == {"compile_seconds", "pairs_per_second"}
+        assert row["mfu"] == pytest.approx(row["flops_per_second"] / 2e9)  # of two devices
+        assert 0 < row["tokens_useful"] < 1 and 0 <= row["input_stall"] <= 1
+    state = 3 * START.nbytes  # parameters and two moments: whole rows on each of two devices
+    assert all(row["memory/peak_bytes"] > state / 2 for row in (first, *others))
+
+
+def test_the_next_batch_is_sent_while_an_update_runs(tmp_path, monkeypatch):
+    """Update n is started, then the line of n - 1 is written, then batch n + 1 is fetched; n is not waited for."""
+    seen = []
+    write = loop.MetricWriter.scalars
+    monkeypatch.setattr(
+        loop.MetricWriter, "scalars", lambda self, n, row: ("loss" in row and seen.append(n)) or write(self, n, row)
+    )
+
+    def fetched(*, start, stop):
+        for step in range(start, stop):
+            seen.append(f"fetch {step + 1}")
+            yield batch_of(step)
+
+    train(tmp_path, stream=fetched, length="4 steps", interval="4 steps")
+    # A checkpoint after update 3 waits for it.
+    assert seen == ["fetch 1", "fetch 2", 1, "fetch 3", 2, 3, "fetch 4", 4]
+
+
+def test_a_second_layout_is_compiled_once_and_its_time_is_no_updates(tmp_path, caplog):
+    def two(*, start, stop):
+        return (batch_of(step) | {"width": np.zeros((BATCH, 1 + step % 2))} for step in range(start, stop))
+
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        train(tmp_path, stream=two, length="6 steps")
+    compiled = [r.getMessage() for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
+    assert sum("train_step" in message for message in compiled) == 2, compiled
+    # The second is compiled before update 2 is started, and the line of update 1 is written after that.
+    assert [row["step"] for row in lines(tmp_path) if "compile_seconds" in row] == [1]
+
+
+def test_chosen_updates_are_traced(tmp_path):
+    train(tmp_path, length="4 steps", profile="steps:2-3")
+    [trace] = (tmp_path / "profile").rglob("*.xplane.pb")
+    content = jax.profiler.ProfileData.from_file(str(trace))
+    events = [event for plane in content.planes for line in plane.lines for event in line.events]
+    assert sorted(dict(event.stats)["step_num"] for event in events if event.name == "sft") == [2, 3]
+
+
+@pytest.mark.parametrize("text", ["10-15", "steps:15-10", "steps:0-3", "steps:3", "steps:1-2 "])
+def test_a_malformed_profile_is_refused_before_anything_is_written(tmp_path, text):
+    with pytest.raises(UserError, match=r"log\.profile=.*steps:FIRST-LAST"):
+        train(tmp_path, profile=text)
+    assert not list(tmp_path.iterdir())

@@ -116,9 +116,13 @@ def compiled_bytes(lm, stage, c):
     state = jax.eval_shape(functools.partial(init_state, transformation=transformation), trainable)
     B, P, T = settings.batch_size, c.model.prompt_length, c.model.response_length
     shape = jax.ShapeDtypeStruct
-    batch = {
+    part = {
         "prompt_BxP": shape((B, P), jnp.int32), "prompt_mask_BxP": shape((B, P), jnp.bool),
         "response_BxRxT": shape((B, R, T), jnp.int32), "response_mask_BxRxT": shape((B, R, T), jnp.bool),
+        "fed_BxQ": shape((B, R * (T - 1)), jnp.int32),
+    }  # fmt: skip
+    batch = {
+        "parts": (part,), "count_BxR": shape((B, R), jnp.int32),
         "row_B": shape((B,), jnp.int32), "update_B": shape((B,), jnp.int32),
         "history_BxN": shape((B, 6), jnp.int32), "item_BxR": shape((B, R), jnp.int32),
         "epsilon_BxK": shape((B, R - 1), jnp.float32),

@@ -1,14 +1,16 @@
-"""MetricWriter and progress."""
+"""MetricWriter, Throughput and progress."""
 
 import json
 import math
+import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rosepo_jax.training import metrics
-from rosepo_jax.training.metrics import MetricWriter, progress
+from rosepo_jax.training.metrics import MetricWriter, Throughput, peak_memory, progress
 
 
 def rows(directory):
@@ -86,6 +88,71 @@ def test_other_processes_write_and_say_nothing(tmp_path, monkeypatch, capsys):
     assert list(progress(3, "work")) == [0, 1, 2]
     assert not (tmp_path / "out").exists()
     assert capsys.readouterr() == ("", "")
+
+
+def batch(rows=4):
+    """Two parts: prompts of 5 of 6 tokens; three responses, of 2, 1 and 2 tokens, of which 2 of 3 fed ones are real."""
+    rejected = np.array([[2, 1, 2]] * rows)
+    part = {
+        "prompt_BxP": np.zeros((rows // 2, 6)),
+        "prompt_mask_BxP": np.arange(6)[None].repeat(rows // 2, 0) < 5,
+        "fed_BxQ": np.array([[0, 2, 3]] * (rows // 2)),
+    }
+    return {"parts": (part, part), "count_BxR": rejected}
+
+
+def test_rates_count_useful_tokens_prompts_pairs_and_flops(monkeypatch):
+    clock = iter([10.0, 12.0, 12.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    throughput = Throughput(flops=lambda batch: 1e6 * len(batch["parts"]), peak=8e6)
+    throughput.count(batch())
+    assert throughput.read() == {
+        "prompts_per_second": 2.0,
+        "pairs_per_second": 4.0,
+        "tokens_per_second": 14.0,
+        "tokens_useful": 7 / 9,
+        "input_stall": 0.0,
+        "flops_per_second": 1e6,
+        "mfu": 0.125,
+    }
+
+
+def test_what_is_not_known_is_not_claimed():
+    throughput = Throughput()
+    throughput.count(batch() | {"count_BxR": np.ones((4, 1))})
+    assert not throughput.read().keys() & {"pairs_per_second", "flops_per_second", "mfu"}
+    assert "mfu" not in Throughput(flops=lambda batch: 1.0).read()
+
+
+def test_waiting_for_batches_is_stall_and_pauses_are_no_time(monkeypatch):
+    """A clock that moves by hand: 1 s until the first batch, 3 s of work, 100 s of pause, no second batch."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def slow():
+        now[0] += 1
+        yield batch()
+
+    throughput = Throughput()
+    for one in throughput.waiting(slow()):
+        now[0] += 3
+        with throughput.paused():
+            now[0] += 100
+        throughput.count(one)
+    found = throughput.read()
+    assert found["input_stall"] == 0.25 and found["prompts_per_second"] == 1.0
+    now[0] += 2
+    assert throughput.read()["input_stall"] == 0.0
+
+
+def test_peak_memory_is_what_devices_say_else_what_programs_need(monkeypatch):
+    program = jax.jit(lambda x: x @ x, donate_argnums=0).lower(jnp.zeros((64, 64))).compile()
+    needed = peak_memory([program])["memory/peak_bytes"]
+    assert 1 <= needed / (64 * 64 * 4) < 3  # the argument is taken over by the output where that can be
+    assert peak_memory([]) == {}
+    devices = [types.SimpleNamespace(memory_stats=lambda size=size: {"peak_bytes_in_use": size}) for size in (7, 9)]
+    monkeypatch.setattr(metrics.jax, "local_devices", lambda: devices)
+    assert peak_memory([program]) == {"memory/peak_bytes": 9.0}
 
 
 def test_progress_passes_items_on_and_says_a_plain_line_now_and_then(monkeypatch, capsys):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rosepo_jax import config as defaults
+from rosepo_jax.data import layouts
 from rosepo_jax.models import sasrec
 from rosepo_jax.models.decoder import DecoderConfig, LanguageModel
 from rosepo_jax.preference import objectives
@@ -23,11 +24,15 @@ class Bag:
     def init(self, key):
         return {"embedding": jax.random.normal(key, (V, 16))}
 
-    def states(self, params, prompt_BxP, prompt_mask_BxP, response_BxRxT, drop_B=None):
+    logits_chunk = 0
+
+    def states(self, params, prompt_BxP, prompt_mask_BxP, response_BxRxT, fed_BxQ, drop_B=None):
         prompt_BxPxD = jnp.where(prompt_mask_BxP[..., None], params["embedding"][prompt_BxP], 0.0)
         mean_BxD = prompt_BxPxD.sum(axis=1) / prompt_mask_BxP.sum(axis=1, keepdims=True)
         earlier_BxRxSxD = jnp.cumsum(params["embedding"][response_BxRxT[:, :, :-1]], axis=2)
-        return jnp.tanh(mean_BxD), jnp.tanh(mean_BxD[:, None, None] + earlier_BxRxSxD)
+        earlier_BxFxD = earlier_BxRxSxD.reshape(len(fed_BxQ), -1, earlier_BxRxSxD.shape[-1])
+        fed_BxQxD = jnp.take_along_axis(earlier_BxFxD, fed_BxQ[..., None], axis=1, mode="clip")
+        return jnp.tanh(mean_BxD), jnp.tanh(mean_BxD[:, None] + fed_BxQxD)
 
     def logits(self, params, hidden):
         return hidden @ params["embedding"].T
@@ -38,22 +43,26 @@ def decoder(lora=None, **kinds) -> LanguageModel:
 
 
 def batch(seed=0):
-    """Ragged prompts and responses, ragged histories."""
+    """Ragged prompts and responses, ragged histories; two parts of other widths."""
     generator = np.random.default_rng(seed)
 
     def lengths(shape, width):
         return np.arange(width) < generator.integers(1, width + 1, shape)[..., None]
 
-    return {
-        "prompt_BxP": generator.integers(0, V, (B, P)).astype(np.int32),
-        "prompt_mask_BxP": lengths((B,), P),
-        "response_BxRxT": generator.integers(0, V, (B, R, T)).astype(np.int32),
-        "response_mask_BxRxT": lengths((B, R), T),
+    prompt_BxP = generator.integers(0, V, (B, P)).astype(np.int32)
+    prompts = [row[mask].tolist() for row, mask in zip(prompt_BxP, lengths((B,), P))]
+    response_BxRxT = generator.integers(0, V, (B, R, T)).astype(np.int32)
+    response_mask_BxRxT = lengths((B, R), T)
+    rows = {
         "row_B": np.arange(B, dtype=np.int32) + 100 * seed,
+        "update_B": np.full(B, seed, np.int32),
         "history_BxN": np.where(lengths((B,), 6), generator.integers(0, 13, (B, 6)), -1).astype(np.int32),
         "item_BxR": np.argsort(generator.random((B, 13)), axis=1)[:, :R].astype(np.int32),
         "epsilon_BxK": generator.uniform(0, 0.5, (B, R - 1)).astype(np.float32),
     }
+    encoded = layouts.Encoded(prompts, response_BxRxT, response_mask_BxRxT, rows)
+    half = layouts.Part(B // 2, P, R * (T - 1))
+    return layouts.lay_out([(half._replace(P=P - 1), half)], encoded, pad_id=0)
 
 
 def task(lm, objective="rosepo", mode="oracle", source="in_step", **keys):
