@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         worker = None
         if not args.alone:
             settings = write_recbole(data, pathlib.Path(temporary), args.batch)
-            worker = Worker([args.recbole_python, str(SCRIPT), str(settings)])
+            worker = Worker([args.recbole_python, "-W", "ignore", str(SCRIPT), str(settings)])
             systems = {"recbole": RecBole(worker), **systems}
         for row in measure(systems, args.epochs):
             rows.append(row)

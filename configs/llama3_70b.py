@@ -25,6 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     if c.mesh.devices == 1 and c.model.tuning == "lora":
         c.model.quantize = "nf4"
+        c.sft.accumulate, c.align.accumulate = 2 * c.sft.accumulate, 2 * c.align.accumulate
     elif c.mesh.devices > 1:  # no device holds the base
         c.mesh.replica, c.mesh.fsdp = (-1, 8) if c.mesh.hardware.startswith("h") else (1, -1)
     return c

@@ -76,7 +76,8 @@ def memoriser(memory: "Rows", test: "Rows") -> dict[str, Any]:
     first_I = _first_row(memory, test)
     n_items = len(first_I)
     item = np.flatnonzero(first_I >= 0)
-    # One sorted array of (item, item of its remembered list) makes every overlap a look-up.
+    # One sorted array of (item, item of its remembered list) makes every overlap a look-up. Each such list holds the
+    # item itself too, which adds one to every score.
     remembered = Table((item[:, None] * n_items + np.sort(memory.candidates_ExC[first_I[item]], axis=1)).ravel())
     score_ExC = np.zeros(test.candidates_ExC.shape)
 
@@ -84,7 +85,6 @@ def memoriser(memory: "Rows", test: "Rows") -> dict[str, Any]:
         present_ExC = test.candidates_ExC[block].astype(np.int64)
         row, slot = np.nonzero(first_I[present_ExC] >= 0)
         wanted = present_ExC[row, slot][:, None] * n_items + present_ExC[row]
-        wanted[np.arange(len(row)), slot] = -1  # every remembered list holds its own target
         found, _ = remembered.find(wanted)
         score_ExC[block][row, slot] = np.bincount(found // wanted.shape[1], minlength=len(row))
 

@@ -71,7 +71,7 @@ def test_the_prompt_takes_the_flash_kernel_forward_and_backward(texts):
 
 
 def test_no_scores_of_the_prompt_by_itself_exist(texts):
-    """Neither whole nor in blocks of queries. Heads have 128 numbers, responses as many tokens x heads, all else more."""
+    """Neither whole nor in blocks of queries. Heads have 128 numbers, responses as many tokens x heads."""
     for text in texts[1].values():
         assert [
             shape for _, shape in hlo.arrays(text) if len(shape) > 2 and 128 < min(shape[-2:]) <= P >= shape[-1]

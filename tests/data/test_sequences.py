@@ -281,6 +281,13 @@ def test_repeated_items_and_low_ratings_are_dropped_and_counted():
     assert prepared.statistics["interactions"] == len(rating_E) - 2
 
 
+def test_the_earliest_of_repeated_items_is_kept_wherever_it_stands():
+    log = make_log([[(0, 50), (1, 20), (0, 10), (2, 30), (3, 40), (0, 10)]] * 12, [f"Title {i}" for i in range(12)])
+    prepared = sequences.build(log, data_config(candidates=2), 0)
+    assert raw_rows(prepared, "test")["u003", 3] == ([0, 1, 2], 3)
+    assert prepared.statistics["dropped"]["repeated_interactions"] == 24
+
+
 def given_log():
     """Two train users; one whose last item is a ready-made test row; one who validates, with history-only items."""
     frozen = {"test": [FrozenRow(2, (9, 8), 7, (7, 1, 2)), FrozenRow(3, (5,), 6, (4, 6, 3))]}

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rosepo_jax.data import statistics
-from rosepo_jax.data.catalogue import Catalogue
+from rosepo_jax.data.catalogue import Catalogue, normalise
 from rosepo_jax.data.rows import Rows
 
 
@@ -33,6 +33,20 @@ def test_what_is_easy_or_lost_in_candidate_lists():
     found = statistics.candidates(catalogue, test)
     assert (found["colliding_rows"], found["lost_rows"]) == (2, 1)
     assert found["popularity_ratio"] == pytest.approx((6 + 2 + 3) / 3 / ((1 + 0 + 6 + 1 + 2 + 0) / 6))
+
+
+@given(st.lists(st.text("ab ", min_size=1, max_size=4), min_size=6, max_size=12), st.integers(0, 2**32 - 1))
+def test_colliding_and_lost_rows_equal_brute_force(titles, seed):
+    rng = np.random.default_rng(seed)
+    catalogue = Catalogue(tuple(map(str, range(len(titles)))), tuple(titles), ((),) * len(titles), np.ones(len(titles)))
+    lists = np.array([rng.permutation(len(titles))[:4] for _ in range(9)])
+    test = Rows(np.arange(9), np.arange(9), np.full((9, 1), -1), lists[:, 1], lists)
+    names = [[normalise(titles[item]) for item in listed] for listed in lists]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "BLOCK", 2)
+        found = statistics.candidates(catalogue, test)
+    assert found["colliding_rows"] == sum(any(a in b and a != b for a in row for b in row) for row in names)
+    assert found["lost_rows"] == sum(any(a in row[1] and a != row[1] for a in row) for row in names)
 
 
 def test_defects_are_said_where_they_are():
