@@ -89,6 +89,7 @@ def responses(
     which_BxQ: jax.Array,
     step_BxQ: jax.Array,
     *,
+    longest: int,
     scale: float,
     cap: float = 0.0,
     window: jax.Array | int | None = None,
@@ -96,20 +97,29 @@ def responses(
     """Packed responses attend to their prompt and causally to themselves, never to each other.
 
     Entry q is token `step_BxQ[q]` of response `which_BxQ[q]`, so it stands that many positions behind the prompt's end.
+    Responses stand one after the other, their tokens in order, at most `longest` each.
     """
     B, Q, H, E = query_BxQxHxE.shape
     K = key_BxQxKxE.shape[2]
     grouped = query_BxQxHxE.reshape(B, Q, K, H // K, E)
-    to_prompt = jnp.einsum("bqkge,bpke->bkgqp", grouped, prompt_key_BxPxKxE, preferred_element_type=jnp.float32)
-    to_self = jnp.einsum("bqkge,buke->bkgqu", grouped, key_BxQxKxE, preferred_element_type=jnp.float32)
-    visible_BxQxP = _prompt_visible(prompt_mask_BxP, step_BxQ, window)
-    distance_BxQxQ = step_BxQ[:, :, None] - step_BxQ[:, None]
-    visible_BxQxQ = (which_BxQ[:, :, None] == which_BxQ[:, None]) & _within(distance_BxQxQ, window)
-    to_prompt = jnp.where(visible_BxQxP[:, None, None], _bounded(to_prompt, scale, cap), _MASKED)
-    to_self = jnp.where(visible_BxQxQ[:, None, None], _bounded(to_self, scale, cap), _MASKED)
-    from_prompt, from_self = _softmax(to_prompt, to_self, value_BxQxKxE.dtype)
-    mixed = jnp.einsum("bkgqp,bpke->bqkge", from_prompt, prompt_value_BxPxKxE)
-    return (mixed + jnp.einsum("bkgqu,buke->bqkge", from_self, value_BxQxKxE)).reshape(B, Q, H, E)
+    # A quarter of the queries at a time: their own keys stand among theirs and the `longest` - 1 before them.
+    block = max(64, longest, -(-Q // 4))
+    mixed = []
+    for start in range(0, max(Q, 1), block):  # responses of one token feed none
+        end = min(start + block, Q)
+        own = slice(max(start - longest + 1, 0), end)
+        query, step_BxS, which_BxS = grouped[:, start:end], step_BxQ[:, start:end], which_BxQ[:, start:end]
+        to_prompt = jnp.einsum("bskge,bpke->bkgsp", query, prompt_key_BxPxKxE, preferred_element_type=jnp.float32)
+        to_self = jnp.einsum("bskge,buke->bkgsu", query, key_BxQxKxE[:, own], preferred_element_type=jnp.float32)
+        visible_BxSxP = _prompt_visible(prompt_mask_BxP, step_BxS, window)
+        distance_BxSxU = step_BxS[:, :, None] - step_BxQ[:, None, own]
+        visible_BxSxU = (which_BxS[:, :, None] == which_BxQ[:, None, own]) & _within(distance_BxSxU, window)
+        to_prompt = jnp.where(visible_BxSxP[:, None, None], _bounded(to_prompt, scale, cap), _MASKED)
+        to_self = jnp.where(visible_BxSxU[:, None, None], _bounded(to_self, scale, cap), _MASKED)
+        from_prompt, from_self = _softmax(to_prompt, to_self, value_BxQxKxE.dtype)
+        values = jnp.einsum("bkgsp,bpke->bskge", from_prompt, prompt_value_BxPxKxE)
+        mixed.append(values + jnp.einsum("bkgsu,buke->bskge", from_self, value_BxQxKxE[:, own]))
+    return jnp.concatenate(mixed, axis=1).reshape(B, Q, H, E)
 
 
 def beams(

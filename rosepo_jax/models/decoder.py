@@ -358,20 +358,21 @@ class LanguageModel:
 
         Returns first_BxD, which predicts the first token of all R responses of a prompt, and later_BxQxD: entry q
         predicts what follows the response token `fed_BxQ[q]`. The last token of a response is never fed: nothing is
-        predicted from it. `fed_BxQ` names tokens as r (T - 1) + t, in any order; R (T - 1) is padding. None stands for
-        all R (T - 1) of them. `drop_B` (a key per prompt) switches the adapters' dropout on.
+        predicted from it. `fed_BxQ` names tokens as r (T - 1) + t, in rising order; R (T - 1) is padding. None is all
+        R (T - 1) of them. `drop_B` (a key per prompt) switches the adapters' dropout on.
         """
         module = self._module(params)
         B, P = prompt_BxP.shape
         length_B = prompt_mask_BxP.sum(axis=1)
         fed_BxQ = all_fed(response_BxRxT) if fed_BxQ is None else fed_BxQ
-        which_BxQ, step_BxQ = jnp.divmod(fed_BxQ, max(response_BxRxT.shape[2] - 1, 1))
+        longest = max(response_BxRxT.shape[2] - 1, 1)
+        which_BxQ, step_BxQ = jnp.divmod(fed_BxQ, longest)
         tokens = jnp.concatenate([prompt_BxP, take_fed(response_BxRxT[:, :, :-1], fed_BxQ)], axis=1)
         position_BxP = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
         position = jnp.concatenate([position_BxP, length_B[:, None] + step_BxQ], axis=1)
 
         def attend(window, _, query, key, value):
-            how = self.config.scores | {"window": window}
+            how = self.config.scores | {"window": window, "longest": longest}
             prompt_key, prompt_value = key[:, :P], value[:, :P]
             prompt = self._causal(query[:, :P], prompt_key, prompt_value, window)
             response = attention.responses(

@@ -3,7 +3,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -20,6 +20,7 @@ KEYS = st.integers(0, 40).flatmap(
 )
 
 
+@settings(deadline=None)
 @given(KEYS, st.integers(0, 3))
 def test_order_is_that_of_lexsort(keys, sorted_keys):
     """Also where some of the last keys are in order already, which saves their sorts."""
@@ -28,6 +29,7 @@ def test_order_is_that_of_lexsort(keys, sorted_keys):
     np.testing.assert_array_equal(order(*keys), np.lexsort(keys[::-1]))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**62), max_size=6), st.integers(1, 6))
 def test_order_of_numbers_too_large_to_share_a_word_with_their_place(numbers, times):
     key = np.array(numbers * times, np.int64)
@@ -35,6 +37,7 @@ def test_order_of_numbers_too_large_to_share_a_word_with_their_place(numbers, ti
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.uint64])
+@settings(deadline=None)
 @given(st.sets(st.integers(0, 60) | st.integers(0, 2**62)), st.lists(st.integers(0, 60) | st.integers(0, 2**62)))
 def test_a_table_finds_what_a_search_finds(kind, numbers, others):
     sorted_K = np.array(sorted(numbers), kind)

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rosepo_jax.data import statistics
@@ -16,6 +16,7 @@ def test_gini_closed_forms():
     assert statistics.gini(x) == pytest.approx(np.abs(x[:, None] - x).sum() / (2 * len(x) * x.sum()))
 
 
+@settings(deadline=None)
 @given(st.sets(st.text("ab é", max_size=6), max_size=25))
 def test_contained_titles_equal_brute_force(titles):
     titles = sorted(titles)
@@ -35,6 +36,7 @@ def test_what_is_easy_or_lost_in_candidate_lists():
     assert found["popularity_ratio"] == pytest.approx((6 + 2 + 3) / 3 / ((1 + 0 + 6 + 1 + 2 + 0) / 6))
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("ab ", min_size=1, max_size=4), min_size=6, max_size=12), st.integers(0, 2**32 - 1))
 def test_colliding_and_lost_rows_equal_brute_force(titles, seed):
     rng = np.random.default_rng(seed)

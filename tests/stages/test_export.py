@@ -134,10 +134,8 @@ def test_an_adapter_leaves_alone_or_folded_into_its_base(workdir, config, tmp_pa
 
 
 def score(model):
-    batch = examples.prompts(model.encoder, ["Blue Harbour\n"]) | examples.responses(
-        model.encoder, [["Rain", "Harbour"]]
-    )
-    return rank.logps(model, model.params, {name: np.repeat(x, 8, axis=0) for name, x in batch.items()})
+    responses = examples.responses(model.encoder, [["Rain", "Harbour"]] * 8)
+    return rank.logps(model, model.params, ["Blue Harbour\n"] * 8, *responses)
 
 
 def test_only_an_adapter_on_a_base_of_ones_own_can_leave_alone(workdir, config, tmp_path):

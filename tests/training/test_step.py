@@ -198,9 +198,9 @@ def test_no_vocabulary_logits_of_prompt_positions(compiled):
     dims = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", update.as_text())
     shapes = {tuple(map(int, found.split(","))) for found in dims}
     B, P, R, T, V = tiny.B, tiny.P, tiny.R, tiny.T, tiny.V
-    assert shapes & {(B, R, T - 1, V), (B * R * (T - 1), V), (B, R * (T - 1), V)}
-    length = P + R * (T - 1)
-    prompt_rows = {P, P - 1, length, B * P, B * (P - 1), B * length}
+    B, fed = B // 2, R * (T - 1)  # rows of a part; one of the two feeds a token less
+    assert all(shapes & {(B * Q, V), (B, Q, V)} for Q in (fed, fed - 1))
+    prompt_rows = {rows * length for length in (P, P + fed, P + fed - 1) for rows in (1, B)}
     assert not [shape for shape in shapes if V in shape and prompt_rows & set(shape)]
 
 
@@ -211,7 +211,9 @@ def test_a_non_finite_update_changes_no_bit_and_is_counted(compiled, poison):
     before = jax.device_get(state)
     reference = tiny.frozen(params)
     reference["reference"]["embedding"] = reference["reference"]["embedding"].at[0].set(poison)
-    after, metrics = update(state, reference, tiny.batch() | {"prompt_BxP": np.zeros((tiny.B, tiny.P), np.int32)})
+    batch = tiny.batch()
+    poisoned = [part | {"prompt_BxP": np.zeros_like(part["prompt_BxP"])} for part in batch["parts"]]
+    after, metrics = update(state, reference, batch | {"parts": tuple(poisoned)})
     assert not metrics["finite"]
     assert bits_equal(after.trainable, before.trainable) and bits_equal(after.optimizer, before.optimizer)
     assert int(after.step) == 2 and int(after.skipped) == 1

@@ -42,8 +42,8 @@ def decoder(lora=None, **kinds) -> LanguageModel:
     return LanguageModel(DECODER, lora, **kinds)
 
 
-def batch(seed=0):
-    """Ragged prompts and responses, ragged histories; two parts of other widths."""
+def batch(seed=0, parts=2):
+    """Ragged prompts and responses, ragged histories; in one part, or two of other widths."""
     generator = np.random.default_rng(seed)
 
     def lengths(shape, width):
@@ -61,8 +61,8 @@ def batch(seed=0):
         "epsilon_BxK": generator.uniform(0, 0.5, (B, R - 1)).astype(np.float32),
     }
     encoded = layouts.Encoded(prompts, response_BxRxT, response_mask_BxRxT, rows)
-    half = layouts.Part(B // 2, P, R * (T - 1))
-    return layouts.lay_out([(half._replace(P=P - 1), half)], encoded, pad_id=0)
+    part = layouts.Part(B // parts, P, R * (T - 1))
+    return layouts.lay_out([(part._replace(Q=part.Q - 1), part) if parts == 2 else (part,)], encoded, pad_id=0)
 
 
 def task(lm, objective="rosepo", mode="oracle", source="in_step", **keys):
