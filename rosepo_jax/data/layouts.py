@@ -3,7 +3,7 @@
 The rows of a batch are sorted by length and cut into a few parts, each padded to widths of its own; which rows make up
 an update is not touched. A layout is the sizes and widths of the parts. Few are chosen for a whole run, from the
 lengths of its first updates, so that few programs are compiled: one that fits nearly all batches, if that saves more
-than it costs, one that fits all of those updates, one that fits whatever the limits allow.
+than it costs, one that fits all of those updates, one with a quarter more room, one that fits all the limits allow.
 """
 
 import itertools
@@ -97,7 +97,10 @@ def choose(prompt_SxB: np.ndarray, fed_SxB: np.ndarray, *, unit: int, updates: i
         if useful >= USEFUL * cost or edges is None:
             break
         cost, found = min((cost, found), layouts(edges), key=lambda way: way[0])
-    return tuple(dict.fromkeys([*found, (limit._replace(rows=B),)]))
+    # Rows longer than any of the sample are rare, and seldom much longer: the limits would be dear for all of a batch.
+    P, Q = (width(-(-5 * int(need.max()) // 4)) for need in (prompt_SxU, fed_SxU))
+    roomy = Part(B, min(P, limit.P), min(Q, limit.Q))
+    return tuple(dict.fromkeys([*found, (roomy,), (limit._replace(rows=B),)]))
 
 
 def fitting(layouts: Sequence[Layout], prompt_B: np.ndarray, fed_B: np.ndarray) -> tuple[Layout, np.ndarray]:

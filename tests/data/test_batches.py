@@ -58,11 +58,11 @@ def test_resume_at_any_step(start):
 
 
 def test_a_run_has_few_shapes():
-    """At most one for most batches, one for the others of the sample and one for the limits."""
+    """At most one for most batches, one for the others of the sample, one with more room and one for the limits."""
     shapes = {
         tuple((part["prompt_BxP"].shape, part["fed_BxQ"].shape) for part in batch["parts"]) for batch in run(0, 600)
     }
-    assert 1 <= len(shapes) <= 3
+    assert 1 <= len(shapes) <= 4
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4, 8])

@@ -36,7 +36,7 @@ def test_every_batch_of_the_sample_fits_and_the_last_layout_takes_anything(seed,
     prompt_SxB, fed_SxB = lengths(generator, 20, 16)
     limit = Part(16, 64, 12)
     found = layouts.choose(prompt_SxB, fed_SxB, unit=unit, updates=updates, limit=limit)
-    assert 1 <= len(found) <= 3 and found[-1] == (limit,)
+    assert 1 <= len(found) <= 4 and found[-1] == (limit,)
     for layout in found:
         assert sum(part.rows for part in layout) == 16
         assert all(part.rows % unit == 0 for part in layout)
@@ -45,6 +45,8 @@ def test_every_batch_of_the_sample_fits_and_the_last_layout_takes_anything(seed,
         layout, order_B = layouts.fitting(found, prompt_B, fed_B)
         assert layout in found[:-1] and sorted(order_B) == list(range(16))
     assert layouts.fitting(found, np.full(16, 64), np.full(16, 12))[0] == (limit,)
+    longer = np.append(prompt_SxB[0, 1:], 42)  # than any of the sample
+    assert sum(part.tokens for part in layouts.fitting(found, longer, fed_SxB[0])[0]) <= 16 * (50 + 8)
     with pytest.raises(ValueError, match="fit no layout"):
         layouts.fitting(found, np.full(16, 65), np.full(16, 12))
 

@@ -82,7 +82,7 @@ def test_margin_starts_at_zero_in_the_decoder(accumulate, kinds, rounding):
 )
 def test_accumulation_changes_nothing(keys):
     """Also where rows are coupled (dr-dpo) and where a denominator belongs to the whole batch (NLL by tokens)."""
-    task, trainable, batch = tiny.task(BAG, **keys), tiny.moved(START), tiny.batch()
+    task, trainable, batch = tiny.task(BAG, **keys), tiny.moved(START), tiny.batch(parts=2)
     assert task.coupled == (keys["objective"] == "dr-dpo")
     run = jax.jit(functools.partial(gradients, task), static_argnums=3)
     expected_gradient, expected = run(trainable, tiny.frozen(START), batch, 1)
@@ -198,9 +198,9 @@ def test_no_vocabulary_logits_of_prompt_positions(compiled):
     dims = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", update.as_text())
     shapes = {tuple(map(int, found.split(","))) for found in dims}
     B, P, R, T, V = tiny.B, tiny.P, tiny.R, tiny.T, tiny.V
-    B, fed = B // 2, R * (T - 1)  # rows of a part; one of the two feeds a token less
-    assert all(shapes & {(B * Q, V), (B, Q, V)} for Q in (fed, fed - 1))
-    prompt_rows = {rows * length for length in (P, P + fed, P + fed - 1) for rows in (1, B)}
+    fed = R * (T - 1)
+    assert shapes & {(B * fed, V), (B, fed, V)}
+    prompt_rows = {rows * length for length in (P, P - 1, P + fed) for rows in (1, B)}
     assert not [shape for shape in shapes if V in shape and prompt_rows & set(shape)]
 
 

@@ -42,7 +42,7 @@ def decoder(lora=None, **kinds) -> LanguageModel:
     return LanguageModel(DECODER, lora, **kinds)
 
 
-def batch(seed=0, parts=2):
+def batch(seed=0, parts=1):
     """Ragged prompts and responses, ragged histories; in one part, or two of other widths."""
     generator = np.random.default_rng(seed)
 
