@@ -26,10 +26,10 @@ def order(*keys: np.ndarray) -> np.ndarray:
     Keys that are in order as they stand cost a comparison and no sort; logs often come by time or by user.
     """
     sorted_from = next((i for i in range(len(keys)) if _in_order(keys[i:])), len(keys))
-    found = np.arange(len(keys[0]))
+    found = None
     for key in reversed(keys[:sorted_from]):
-        found = found[_stable(key[found])]
-    return found
+        found = _stable(key) if found is None else found[_stable(key[found])]
+    return np.arange(len(keys[0])) if found is None else found
 
 
 def _in_order(keys: tuple[np.ndarray, ...]) -> bool:
@@ -46,7 +46,12 @@ def _stable(key: np.ndarray) -> np.ndarray:
     """np.argsort(key, kind="stable"); where key and place fit into one word, sorting such words is twice as fast."""
     bits = len(key).bit_length()
     if key.dtype.kind == "i" and len(key) and key.min() >= 0 and int(key.max()) < 1 << (63 - bits):
-        return np.sort((key.astype(np.int64) << bits) | np.arange(len(key))) & ((1 << bits) - 1)
+        word = key.astype(np.int64)  # and all in place, since fresh memory costs more than the arithmetic
+        word <<= bits
+        word |= np.arange(len(key))
+        word.sort()
+        word &= (1 << bits) - 1
+        return word
     return np.argsort(key, kind="stable")
 
 

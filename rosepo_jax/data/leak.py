@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rosepo_jax.data.columns import Table, by_blocks
+from rosepo_jax.data.columns import by_blocks
 
 if TYPE_CHECKING:
     from rosepo_jax.data.rows import Rows
 
-BLOCK = 1 << 20  # comparisons made at a time: they stay in the cache
+BLOCK = 1 << 13  # pairs of lists compared at a time: they stay in the cache
 
 
 def check(rows: dict[str, "Rows"]) -> dict[str, Any]:
@@ -60,35 +60,37 @@ def overlap(memory: "Rows", test: "Rows") -> dict[str, float | None]:
             ours, theirs = test.take(known[block]), memory.take(row_E[block])  # noqa: B023
             theirs_ExC = np.where(theirs.candidates_ExC == theirs.target_E[:, None], -1, theirs.candidates_ExC)
             ours_ExC = np.where(ours.candidates_ExC == ours.target_E[:, None], -2, ours.candidates_ExC)
-            return int((ours_ExC[:, :, None] == theirs_ExC[:, None, :]).sum())
+            return int(_shared(ours_ExC, theirs_ExC).sum())
 
-        shared[name] = sum(by_blocks(count, len(known), _step(test))) / len(known)
+        shared[name] = sum(by_blocks(count, len(known), BLOCK)) / len(known)
     return shared
 
 
-def _step(rows: "Rows") -> int:
-    """So many rows that comparing all pairs of two lists in each takes BLOCK comparisons."""
-    return BLOCK // rows.candidates_ExC.shape[1] ** 2
+def _shared(one_ExC: np.ndarray, other_ExC: np.ndarray) -> np.ndarray:
+    """int64_E: how many items two lists of distinct items share. Rows stand last, so that a comparison is one loop."""
+    other_CxE = np.ascontiguousarray(other_ExC.T)
+    shared_E = np.zeros(len(one_ExC), np.int64)
+    for item_E in np.ascontiguousarray(one_ExC.T):
+        shared_E += (other_CxE == item_E).any(0)
+    return shared_E
 
 
 def memoriser(memory: "Rows", test: "Rows") -> dict[str, Any]:
     """HR@1 of picking the candidate whose remembered list overlaps the rest of the present one most; see `_verdict`."""
     first_I = _first_row(memory, test)
-    n_items = len(first_I)
     item = np.flatnonzero(first_I >= 0)
-    # One sorted array of (item, item of its remembered list) makes every overlap a look-up. Each such list holds the
-    # item itself too, which adds one to every score.
-    remembered = Table((item[:, None] * n_items + np.sort(memory.candidates_ExC[first_I[item]], axis=1)).ravel())
+    place_I = np.full(len(first_I), -1)
+    place_I[item] = np.arange(len(item))
+    remembered = memory.candidates_ExC[first_I[item]]
     score_ExC = np.zeros(test.candidates_ExC.shape)
 
     def score(block: slice) -> None:
-        present_ExC = test.candidates_ExC[block].astype(np.int64)
-        row, slot = np.nonzero(first_I[present_ExC] >= 0)
-        wanted = present_ExC[row, slot][:, None] * n_items + present_ExC[row]
-        found, _ = remembered.find(wanted)
-        score_ExC[block][row, slot] = np.bincount(found // wanted.shape[1], minlength=len(row))
+        present_ExC = test.candidates_ExC[block]
+        row, slot = np.nonzero(place_I[present_ExC] >= 0)
+        # Each remembered list holds its own target too, which adds one to every score.
+        score_ExC[block][row, slot] = _shared(remembered[place_I[present_ExC[row, slot]]], present_ExC[row])
 
-    by_blocks(score, len(test), _step(test))
+    by_blocks(score, len(test), BLOCK // test.candidates_ExC.shape[1])
     return _verdict(score_ExC, test, first_I)
 
 

@@ -64,7 +64,7 @@ def test_a_slot_that_follows_the_target_fails_though_the_negatives_are_fresh():
 
 
 def test_overlaps_are_those_of_sets(monkeypatch):
-    monkeypatch.setattr(leak, "BLOCK", 10 * SIZE**2)  # several blocks
+    monkeypatch.setattr(leak, "BLOCK", 10 * SIZE)  # several blocks
     memory, test = rows(150, "train", seeded_by_target), rows(60, "test", fresh)
     seen = {}
     for target, listed in zip(memory.target_E[::-1], memory.candidates_ExC[::-1]):
