@@ -1,6 +1,6 @@
 """Evaluation throughput, users a second, against transformers on the same weights.
 
-python benchmarks/decode.py [--users=16] [--P=128] [--items=1500] [--repeats=3] [--alone] [--record]
+python benchmarks/decode.py [--users=16] [--P=128] [--items=10000] [--repeats=3] [--alone] [--record]
 
 candidates  log-probs of 20 titles of each user. transformers: 20 full sequences, prompt and title, logits at the
             title's positions only.
@@ -35,6 +35,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import record
 
+from rosepo_jax import config as defaults
 from rosepo_jax import seeds
 from rosepo_jax.data.prompts import pad
 from rosepo_jax.decoding.beam import beam_search
@@ -43,6 +44,7 @@ from rosepo_jax.decoding.trie import compile_trie
 from rosepo_jax.models import checkpoints_hf
 from rosepo_jax.models.decoder import DecoderConfig, LanguageModel
 from rosepo_jax.preference.logprobs import response_logps
+from rosepo_jax.training import policy, sharding
 
 DECODER = DecoderConfig(
     vocabulary=8192, width=256, layers=6, heads=4, kv_heads=4, head_dim=64, mlp_width=768, tie_embeddings=False
@@ -74,17 +76,20 @@ def make_problem(decoder: DecoderConfig, *, users: int, P: int, items: int, T: i
     rng = seeds.generator("benchmark", "decode", users, P, items, T)
     half, quarter = decoder.vocabulary // 2, decoder.vocabulary // 4
     titles: list[list[int]] = []
+    known: set[tuple[int, ...]] = set()
     while len(titles) < items:
         earlier = titles[int(rng.integers(len(titles)))][:-2] if titles else []
         start = earlier[: int(rng.integers(0, 4))]
         new = rng.integers(FIRST, half, int(rng.integers(1, T - 1))).tolist()
         title = [*[*start, *new][: T - 2], int(half + rng.integers(quarter)), EOS]
-        if title not in titles:
+        if tuple(title) not in known:
+            known.add(tuple(title))
             titles.append(title)
     prompts = [rng.integers(FIRST, decoder.vocabulary, rng.integers(P // 2, P + 1)).tolist() for _ in range(users)]
     for prompt in prompts:
         prompt[-1] = int(half + quarter + rng.integers(quarter))
-    lm = LanguageModel(decoder)
+    c = defaults.default()
+    lm = policy.language_model(c.model, decoder, None, sharding.make_mesh(c.mesh))
     candidates_UxC = np.stack([rng.permutation(items)[:candidates] for _ in range(users)])
     return Problem(lm, parameters(lm, prompts, titles, rng), prompts, titles, candidates_UxC)
 
@@ -267,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--users", type=int, default=16, help="in one batch")
     parser.add_argument("--P", type=int, default=128, help="prompt tokens")
     parser.add_argument("--T", type=int, default=8, help="tokens of the longest title, its end included")
-    parser.add_argument("--items", type=int, default=1500, help="titles in the catalogue")
+    parser.add_argument("--items", type=int, default=10000, help="titles in the catalogue")
     parser.add_argument("--candidates", type=int, default=20)
     parser.add_argument("--beams", type=int, default=20)
     parser.add_argument("--k", type=int, default=10)

@@ -17,16 +17,16 @@ import numpy as np
 from ml_collections import ConfigDict
 from worker import Clock, Memory, requests
 
+from rosepo_jax import config as defaults
 from rosepo_jax.__main__ import keep_freed_memory
 from rosepo_jax.data import layouts
 from rosepo_jax.data.prompts import pad
-from rosepo_jax.models import attention, checkpoints_hf, peft
-from rosepo_jax.models.decoder import LanguageModel
+from rosepo_jax.models import checkpoints_hf, peft
 from rosepo_jax.models.lora import is_adapter
 from rosepo_jax.preference import objectives
 from rosepo_jax.preference.smoothing import Smoothing
 from rosepo_jax.stages import align
-from rosepo_jax.training import flops, optimizer
+from rosepo_jax.training import flops, optimizer, policy, sharding
 from rosepo_jax.training.step import init_state, train_step
 
 UPDATES = 1000  # of the run whose layouts are chosen
@@ -53,13 +53,12 @@ class Ours:
     def __init__(self, s: dict):
         config = checkpoints_hf.read_config(s["model"])
         lora = peft.read_config(s["adapter"]) if s["adapter"] else None
-        platform = jax.devices()[0].platform
-        kernel = attention.choose(
-            "auto", platform, dtype=s["dtype"], head_dim=config.head_dim,
-            prompt_length=max(len(row["prompt"]) for row in s["rows"]), cap=0.0, sliding=False,
+        c = defaults.default()
+        c.model.update(
+            dtype=s["dtype"], param_dtype=s["dtype"], remat="full" if s["remat"] else "none",
+            prompt_length=max(len(row["prompt"]) for row in s["rows"]),
         )  # fmt: skip
-        remat = "full" if s["remat"] else "none"
-        lm = LanguageModel(config, lora, s["dtype"], s["dtype"], remat, attention=kernel)
+        lm = policy.language_model(c.model, config, lora, sharding.make_mesh(c.mesh))
         self.batch = make_batch(s["rows"], s["T"])
         settings = dict(clip=s["clip"], schedule="constant", warmup="0 steps", weight_decay=0.0)
         settings |= dict(learning_rate=s["learning_rate"], batch_size=len(s["rows"]))

@@ -36,6 +36,7 @@ def main() -> None:
     asked, answer = requests()
     s = json.loads(pathlib.Path(sys.argv[1]).read_text())
     sys.argv = sys.argv[:1]  # RecBole reads the command line too
+    os.chdir(s["data"])  # and leaves logs where it is started
     if hasattr(os, "sched_getaffinity"):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     settings = dict(

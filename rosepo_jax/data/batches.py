@@ -53,22 +53,21 @@ def stream(
     `row_B` and `update_B`, the number of the batch, stand beside it: they name every random draw of a row.
     """
 
-    @functools.cache
     def plan() -> tuple[Layout, ...]:
         sample = [encode(order(seed, step, batch_size, rows)) for step in range(min(stop, SAMPLE))]
         lengths = (np.stack(x) for x in zip(*(encoded.lengths for encoded in sample)))
         _, R, T = sample[0].response_BxRxT.shape
         return layouts.choose(*lengths, unit=unit, updates=stop, limit=Part(batch_size, prompt_length, R * (T - 1)))
 
+    found = plan() if start < stop else ()
+
     def load(step: int) -> dict[str, Any]:
         index_B = order(seed, step, batch_size, rows)
         encoded = encode(index_B)
         named = {"row_B": index_B.astype(np.int32), "update_B": np.full(batch_size, step, np.int32)}
-        batch = layouts.lay_out(plan(), encoded._replace(rows={**encoded.rows, **named}), pad_id)
+        batch = layouts.lay_out(found, encoded._replace(rows={**encoded.rows, **named}), pad_id)
         return jax.tree.map(lambda x: x[mine(len(x))], batch)
 
-    if start < stop:
-        plan()  # before threads ask for it
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     return iter(grain.MapDataset.range(start, stop).map(load).to_iter_dataset(options))
 

@@ -58,6 +58,7 @@ def beam_search(
     if excluded_BxX is None:
         excluded_BxX = jnp.full((batch, 0), -1)
     advance = functools.partial(_advance, trie, excluded_ranks(trie, excluded_BxX), width)
+    level_T, widths = trie.levels()
 
     logits_BxV, prompt_cache = lm.prefill(params, prompt_BxP, prompt_mask_BxP)
     root = _Search(
@@ -79,7 +80,8 @@ def beam_search(
         depth, search, suffix = state
         token_BxW = trie.token_M[search.node_BxW]
         logits_BxWxV, suffix = lm.extend(params, prompt_cache, suffix, token_BxW, depth)
-        search, parent_BxW = advance(max(trie.branching[1:], default=0), search, logits_BxWxV)
+        ways = [functools.partial(advance, branching) for branching in widths]
+        search, parent_BxW = jax.lax.switch(jnp.array(level_T)[depth], ways, search, logits_BxWxV)
         return depth + 1, search, jax.tree.map(functools.partial(_take_beams, parent_BxW), suffix)
 
     _, search, _ = jax.lax.while_loop(can_improve, step, (jnp.int32(0), search, suffix))
@@ -94,13 +96,10 @@ def _advance(
 
     Returns the search and, for every new beam, the beam it came from.
     """
-    logps_BxWxV = jax.nn.log_softmax(logits_BxWxV.astype(jnp.float32))
-    node_BxW, score_BxW = search.node_BxW, search.score_BxW
-
-    items_Bxk, scores_Bxk = merge(
-        search.items_Bxk, search.scores_Bxk, *endings(trie, excluded_BxX, node_BxW, score_BxW, logps_BxWxV)
+    ended, (child_BxWxC, child_score_BxWxC) = longer(
+        trie, excluded_BxX, branching, search.node_BxW, search.score_BxW, logits_BxWxV
     )
-    child_BxWxC, child_score_BxWxC = children(trie, excluded_BxX, branching, node_BxW, score_BxW, logps_BxWxV)
+    items_Bxk, scores_Bxk = merge(search.items_Bxk, search.scores_Bxk, *ended)
 
     batch, parents, slots = child_BxWxC.shape
     missing = max(0, width + 1 - parents * slots)
@@ -118,27 +117,30 @@ def _advance(
     return search, jnp.minimum(place_BxW // slots, parents - 1)
 
 
-def endings(trie: Trie, excluded_BxX: jax.Array, node_BxW, score_BxW, logps_BxWxV) -> tuple[jax.Array, jax.Array]:
-    """The items whose titles end at these prefixes, -1 for none, and their log-probs, -inf for none: both [B, W]."""
+def longer(
+    trie: Trie, excluded_BxX: jax.Array, branching: int, node_BxW, score_BxW, logits_BxWxV
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """What prefixes with these log-probs become by one token.
+
+    Returns the items whose titles end, -1 for none, and their log-probs, -inf for none, both [B, W]; and the nodes one
+    token longer with their log-probs, -inf where a slot is unused or all titles below are excluded, both [B, W, C].
+    C is `branching`, no less than the children of any of these nodes (but at least 1).
+    """
+    norm_BxW = jax.nn.logsumexp(logits_BxWxV, axis=-1)
     title_BxW = trie.first_M[node_BxW]
     ends_BxW = (trie.item_M[node_BxW] >= 0) & ~_all_excluded(excluded_BxX, title_BxW, title_BxW + 1)
-    ended_BxW = jnp.where(ends_BxW, score_BxW + logps_BxWxV[..., trie.eos], -jnp.inf)
-    return jnp.where(ended_BxW > -jnp.inf, trie.item_M[node_BxW], -1), ended_BxW
+    ended_BxW = jnp.where(ends_BxW, score_BxW + (logits_BxWxV[..., trie.eos] - norm_BxW), -jnp.inf)
+    item_BxW = jnp.where(ended_BxW > -jnp.inf, trie.item_M[node_BxW], -1)
 
-
-def children(
-    trie: Trie, excluded_BxX: jax.Array, branching: int, node_BxW, score_BxW, logps_BxWxV
-) -> tuple[jax.Array, jax.Array]:
-    """The nodes one token longer and their log-probs, -inf where a slot is unused or all titles below are excluded.
-
-    Both [B, W, C], where C is `branching`, no less than the children of any of these nodes (but at least 1).
-    """
     child_BxWxC = trie.child_start_M1[node_BxW][..., None] + jnp.arange(max(1, branching), dtype=jnp.int32)[None, None]
     is_child_BxWxC = child_BxWxC < trie.child_start_M1[node_BxW + 1][..., None]
     child_BxWxC = jnp.where(is_child_BxWxC, child_BxWxC, 0)
     is_open_BxWxC = is_child_BxWxC & ~_all_excluded(excluded_BxX, trie.first_M[child_BxWxC], trie.last_M[child_BxWxC])
-    step_BxWxC = jnp.take_along_axis(logps_BxWxV, trie.token_M[child_BxWxC], axis=2)
-    return child_BxWxC, jnp.where(is_open_BxWxC, score_BxW[..., None] + step_BxWxC, -jnp.inf)
+    step_BxWxC = jnp.take_along_axis(logits_BxWxV, trie.token_M[child_BxWxC], axis=2) - norm_BxW[..., None]
+    return (item_BxW, ended_BxW), (
+        child_BxWxC,
+        jnp.where(is_open_BxWxC, score_BxW[..., None] + step_BxWxC, -jnp.inf),
+    )
 
 
 def merge(items_Bxk, scores_Bxk, item_BxW, score_BxW) -> tuple[jax.Array, jax.Array]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rosepo_jax.decoding.beam import Result, children, endings, excluded_ranks, merge
+from rosepo_jax.decoding.beam import Result, excluded_ranks, longer, merge
 from rosepo_jax.decoding.trie import Trie
 
 
@@ -63,6 +63,7 @@ def best_first(
     lines = min(lines, room)
     trie = jax.tree.map(jnp.asarray, trie)
     excluded_BxX = jnp.full((batch, 0), -1) if excluded_BxX is None else excluded_BxX
+    level_T, widths = trie.levels()
     expand = functools.partial(_expand, trie, excluded_ranks(trie, excluded_BxX))
     logits_BxV, prompt_cache = lm.prefill(params, prompt_BxP, prompt_mask_BxP)
 
@@ -79,10 +80,14 @@ def best_first(
             depth, search, lines, suffix = state
             logits_BxWxV, suffix = lm.extend(params, prompt_cache, suffix, lines.token_BxWxT[:, :, depth], depth)
             score_BxW = jnp.where(lines.depth_BxW == depth + 1, lines.score_BxW, -jnp.inf)
-            branching = max(trie.branching[1:], default=0)
-            search, child_BxWxC, score_BxWxC = expand(branching, search, lines.node_BxW, score_BxW, logits_BxWxV)
-            search, lines, score_BxWxC = _go_on(trie, search, lines, child_BxWxC, score_BxWxC)
-            return depth + 1, _push(search, child_BxWxC, score_BxWxC), lines, suffix
+
+            def go_on(branching, search, lines):
+                search, *children = expand(branching, search, lines.node_BxW, score_BxW, logits_BxWxV)
+                search, lines, score_BxWxC = _go_on(trie, search, lines, *children)
+                return _push(search, children[0], score_BxWxC), lines
+
+            ways = [functools.partial(go_on, branching) for branching in widths]
+            return depth + 1, *jax.lax.switch(jnp.array(level_T)[depth], ways, search, lines), suffix
 
         start = (jnp.int32(0), *_take(trie, lines, search), lm.empty_suffix(batch, lines, longest))
         return jax.lax.while_loop(is_live, step, start)[1]
@@ -107,13 +112,13 @@ def _expand(
     trie: Trie, excluded_BxX, branching: int, search: _Search, node_BxW, score_BxW, logits_BxWxV
 ) -> tuple[_Search, jax.Array, jax.Array]:
     """Ends the titles that can end at these prefixes (score -inf: none), and finds the children that are open."""
-    logps_BxWxV = jax.nn.log_softmax(logits_BxWxV.astype(jnp.float32))
-    item_BxW, ended_BxW = endings(trie, excluded_BxX, node_BxW, score_BxW, logps_BxWxV)
+    (item_BxW, ended_BxW), (child_BxWxC, score_BxWxC) = longer(
+        trie, excluded_BxX, branching, node_BxW, score_BxW, logits_BxWxV
+    )
     # The results that the search began with are found once more.
     is_known_BxW = jnp.any(item_BxW[..., None] == search.items_Bxk[:, None], axis=-1)
     item_BxW, ended_BxW = jnp.where(is_known_BxW, -1, item_BxW), jnp.where(is_known_BxW, -jnp.inf, ended_BxW)
     items_Bxk, scores_Bxk = merge(search.items_Bxk, search.scores_Bxk, item_BxW, ended_BxW)
-    child_BxWxC, score_BxWxC = children(trie, excluded_BxX, branching, node_BxW, score_BxW, logps_BxWxV)
     score_BxWxC = jnp.where(score_BxWxC >= scores_Bxk[:, -1, None, None], score_BxWxC, -jnp.inf)
     return search._replace(items_Bxk=items_Bxk, scores_Bxk=scores_Bxk), child_BxWxC, score_BxWxC
 

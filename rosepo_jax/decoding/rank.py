@@ -21,7 +21,8 @@ from rosepo_jax.training.policy import Policy
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logps(lm, params, part):
+def part_logps(lm, params, part):
+    """logps_BxR of a part of a batch (`data.layouts`), as one program."""
     return response_logps(lm, params, **part)
 
 
@@ -30,7 +31,7 @@ def logps(
 ) -> np.ndarray:
     """logps_BxR of R responses to each of B prompts."""
     part = examples.scored(policy.encoder, texts, response_BxRxT, response_mask_BxRxT)
-    return sharding.to_host(_logps(policy.lm, params, to_device(policy, part)))
+    return sharding.to_host(part_logps(policy.lm, params, to_device(policy, part)))
 
 
 def to_device(policy: Policy, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -35,6 +35,21 @@ class Trie:
     eos: int
     branching: tuple[int, ...]
 
+    def levels(self) -> tuple[list[int], list[int]]:
+        """(level_T, widths): prefixes of d + 1 tokens have at most `widths[level_T[d]]` children.
+
+        Below the first tokens a trie has few children, so that searching all depths with the room of the widest would
+        mostly sort padding. A level ends where a quarter of its width is enough for all that is deeper.
+        """
+        level_T: list[int] = []
+        widths: list[int] = []
+        for depth in range(len(self.branching)):
+            needed = max(self.branching[depth + 1 :], default=0)
+            if not widths or 4 * needed <= widths[-1]:
+                widths.append(needed)
+            level_T.append(len(widths) - 1)
+        return level_T, widths
+
 
 jax.tree_util.register_dataclass(
     Trie,

@@ -25,6 +25,7 @@ from rosepo_jax.models import attention, quantize
 from rosepo_jax.models.lora import LoRAConfig
 
 Params = Mapping[str, jax.Array]
+Turn = tuple[jax.Array, jax.Array]  # cosines and sines of rotation angles
 
 # What the backward pass keeps of each layer; the rest it computes again. `none` keeps everything.
 REMAT = {
@@ -79,9 +80,9 @@ class DecoderConfig:
 
 
 def rope_frequencies(config: DecoderConfig) -> jax.Array:
-    """Angular frequency of each rotated pair in every layer, [L, E/2] float32.
+    """Angular frequency of each rotated pair, [1, E/2] float32; [2, E/2] where sliding layers have a base of their own.
 
-    Scaling is linear or llama3 (arXiv 2407.21783). Sliding layers may have a base of their own (arXiv 2503.19786).
+    Scaling is linear or llama3 (arXiv 2407.21783); the second row, if any (arXiv 2503.19786), is never scaled.
     """
     exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     frequency = 1.0 / config.rope_theta**exponent
@@ -95,13 +96,13 @@ def rope_frequencies(config: DecoderConfig) -> jax.Array:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         smooth = jnp.clip((ratio - low) / (high - low), 0.0, 1.0)
         frequency = (1 - smooth) * frequency / scaling["factor"] + smooth * frequency
-    local = frequency if config.local_rope_theta is None else 1.0 / config.local_rope_theta**exponent
-    return jnp.stack([local if slides else frequency for slides in config.sliding or (False,) * config.layers])
+    local = [] if config.local_rope_theta is None else [1.0 / config.local_rope_theta**exponent]
+    return jnp.stack([frequency, *local])
 
 
-def rotate(x_BxSxHxE: jax.Array, angle_BxSxF: jax.Array) -> jax.Array:
-    """Rotates the pairs (i, i + E/2) of every head by the position's angles; float32 inside."""
-    cos, sin = jnp.cos(angle_BxSxF)[:, :, None], jnp.sin(angle_BxSxF)[:, :, None]
+def rotate(x_BxSxHxE: jax.Array, turn_BxSxF: Turn) -> jax.Array:
+    """Rotates the pairs (i, i + E/2) of every head by angles given as (cosine, sine); float32 inside."""
+    cos, sin = (x[:, :, None] for x in turn_BxSxF)
     first, second = jnp.split(x_BxSxHxE.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BxSxHxE.dtype)
 
@@ -143,7 +144,10 @@ class Linear(nnx.Module):
         if self.lora is not None:
             if drop_BxS is not None and self.lora.dropout:
                 x = _drop(x, drop_BxS, self.lora.dropout, self.path)
-            y += self.lora.scale * (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
+            # Flat: with two axes to sum over, XLA on CPUs transposes all activations for the adapters' gradients.
+            flat = x.reshape(-1, x.shape[-1])
+            low_rank = self.lora.scale * (flat @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
+            y += low_rank.reshape(y.shape)
         return y
 
 
@@ -173,14 +177,14 @@ class Attention(nnx.Module):
             self.query_norm = Norm(c.head_dim, c, storage)
             self.key_norm = Norm(c.head_dim, c, storage)
 
-    def __call__(self, x_BxSxD: jax.Array, angle_BxSxF: jax.Array, attend: Callable, drop_BxS) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BxSxD: jax.Array, turn_BxSxF: Turn, attend: Callable, drop_BxS) -> tuple[jax.Array, Any]:
         query, key, value = (
             linear(x_BxSxD, drop_BxS).reshape(*x_BxSxD.shape[:2], -1, self.head_dim)
             for linear in (self.query, self.key, self.value)
         )
         if hasattr(self, "query_norm"):
             query, key = self.query_norm(query), self.key_norm(key)
-        mixed, kept = attend(rotate(query, angle_BxSxF), rotate(key, angle_BxSxF), value)
+        mixed, kept = attend(rotate(query, turn_BxSxF), rotate(key, turn_BxSxF), value)
         return self.output(mixed.reshape(*x_BxSxD.shape[:2], -1), drop_BxS), kept
 
 
@@ -211,9 +215,9 @@ class Block(nnx.Module):
             self.attention_post_norm = Norm(c.width, c, storage)
             self.mlp_post_norm = Norm(c.width, c, storage)
 
-    def __call__(self, x_BxSxD: jax.Array, angle_BxSxF: jax.Array, attend: Callable, drop_BxS) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BxSxD: jax.Array, turn_BxSxF: Turn, attend: Callable, drop_BxS) -> tuple[jax.Array, Any]:
         post = hasattr(self, "attention_post_norm")
-        update_BxSxD, kept = self.attention(self.attention_norm(x_BxSxD), angle_BxSxF, attend, drop_BxS)
+        update_BxSxD, kept = self.attention(self.attention_norm(x_BxSxD), turn_BxSxF, attend, drop_BxS)
         x_BxSxD = x_BxSxD + (self.attention_post_norm(update_BxSxD) if post else update_BxSxD)
         update_BxSxD = self.mlp(self.mlp_norm(x_BxSxD), drop_BxS)
         return x_BxSxD + (self.mlp_post_norm(update_BxSxD) if post else update_BxSxD), kept
@@ -242,27 +246,40 @@ class Decoder(nnx.Module):
         return x_BxSxD * jnp.asarray(self.config.width**0.5, dtype) if self.config.scale_embeddings else x_BxSxD
 
     def layers(
-        self, x_BxSxD, position_BxS, attend: Callable, caches: Any = None, remat: str = "none", drop_B=None
+        self,
+        x_BxSxD,
+        position_BxS,
+        attend: Callable,
+        caches: Any = None,
+        remat: str = "none",
+        drop_B=None,
+        unrolled=False,
     ) -> tuple[jax.Array, Any]:
         """Runs all blocks; `attend(window, cache, query, key, value)` gets each layer's window and slice of `caches`.
 
-        `drop_B`, a key per row, switches the adapters' dropout on.
+        `drop_B`, a key per row, switches the adapters' dropout on. `unrolled` writes the layers out instead of a loop.
         """
         c = self.config
         graph, stacked = nnx.split(self.blocks)
         everything = jnp.iinfo(jnp.int32).max
         window_L = jnp.where(jnp.array(c.sliding), c.window, everything) if any(c.sliding) else None
 
+        # The same in all layers of a kind, so computed once.
+        angle_NxBxSxF = position_BxS[None, ..., None] * rope_frequencies(c)[:, None, None]
+        turns_NxBxSxF = jnp.cos(angle_NxBxSxF), jnp.sin(angle_NxBxSxF)
+        kind_L = jnp.array(c.sliding, int) if len(angle_NxBxSxF) > 1 else jnp.zeros(c.layers, int)
+
         def layer(x, inputs):
-            block, frequency_F, window, number, cache = inputs
-            angle_BxSxF = position_BxS[..., None].astype(jnp.float32) * frequency_F[None, None]
+            block, kind, window, number, cache = inputs
+            turn_BxSxF = tuple(x[kind] if len(x) > 1 else x[0] for x in turns_NxBxSxF)
             drop_BxS = None if drop_B is None else _keys(drop_B, number, position_BxS)
-            return nnx.merge(graph, block)(x, angle_BxSxF, functools.partial(attend, window, cache), drop_BxS)
+            return nnx.merge(graph, block)(x, turn_BxSxF, functools.partial(attend, window, cache), drop_BxS)
 
         if remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
-        inputs = (stacked, rope_frequencies(c), window_L, jnp.arange(c.layers), caches)
-        return jax.lax.scan(layer, x_BxSxD, inputs)
+            unrolled = False  # the loop is what keeps the second forward pass apart from the first
+        inputs = (stacked, kind_L, window_L, jnp.arange(c.layers), caches)
+        return jax.lax.scan(layer, x_BxSxD, inputs, unroll=c.layers if unrolled else 1)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Vocabulary logits in float32 for already normed hidden states."""
@@ -305,6 +322,7 @@ class LanguageModel:
     quantize: str = "none"
     attention: str = "xla"  # of the prompt: a back end of models/attention.py
     logits_chunk: int = 0  # response positions of a prompt whose logits exist at a time; 0 = all
+    unrolled: bool = False  # layers one after the other instead of a loop over them: faster on CPUs, a longer program
     rows: jax.sharding.NamedSharding | None = None  # how the rows of a batch are split over devices
 
     def __post_init__(self) -> None:
@@ -372,7 +390,6 @@ class LanguageModel:
         position = jnp.concatenate([position_BxP, length_B[:, None] + step_BxQ], axis=1)
 
         def attend(window, _, query, key, value):
-            how = self.config.scores | {"window": window, "longest": longest}
             prompt_key, prompt_value = key[:, :P], value[:, :P]
             prompt = self._causal(query[:, :P], prompt_key, prompt_value, window)
             response = attention.responses(
@@ -384,11 +401,15 @@ class LanguageModel:
                 value[:, P:],
                 which_BxQ,
                 step_BxQ,
-                **how,
+                longest=longest,
+                window=window,
+                **self.config.scores,
             )
             return jnp.concatenate([prompt, response], axis=1), None
 
-        x, _ = module.layers(self._embed(module, tokens), position, attend, remat=self.remat, drop_B=drop_B)
+        x, _ = module.layers(
+            self._embed(module, tokens), position, attend, remat=self.remat, drop_B=drop_B, unrolled=self.unrolled
+        )
         last_BxD = jnp.take_along_axis(x[:, :P], (length_B - 1)[:, None, None], axis=1)[:, 0]
         return module.norm(last_BxD), module.norm(x[:, P:])
 
@@ -414,7 +435,7 @@ class LanguageModel:
             return self._causal(query, key, value, window), (key, value)
 
         position_BxP = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
-        x, keys_values = module.layers(self._embed(module, prompt_BxP), position_BxP, attend)
+        x, keys_values = module.layers(self._embed(module, prompt_BxP), position_BxP, attend, unrolled=self.unrolled)
         last = jnp.take_along_axis(x, (prompt_mask_BxP.sum(axis=1) - 1)[:, None, None], axis=1)[:, 0]
         return module.logits(module.norm(last)), (keys_values, prompt_mask_BxP)
 
@@ -449,7 +470,7 @@ class LanguageModel:
             return mixed, (own_key, own_value)
 
         x = self._embed(module, token_BxW)
-        x, suffix_cache = module.layers(x, position, attend, (keys_values, suffix_cache))
+        x, suffix_cache = module.layers(x, position, attend, (keys_values, suffix_cache), unrolled=self.unrolled)
         return module.logits(module.norm(x)), suffix_cache
 
     def prompt_states(self, params: Params, tokens_BxP, mask_BxP) -> jax.Array:
@@ -461,7 +482,7 @@ class LanguageModel:
             return self._causal(query, key, value, window), None
 
         position_BxP = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
-        x, _ = module.layers(self._embed(module, tokens_BxP), position_BxP, attend)
+        x, _ = module.layers(self._embed(module, tokens_BxP), position_BxP, attend, unrolled=self.unrolled)
         x = jnp.where(mask_BxP[..., None], module.norm(x).astype(jnp.float32), 0.0)
         return x.sum(axis=1) / mask_BxP.sum(axis=1, keepdims=True)
 

@@ -147,7 +147,7 @@ def plan(config: ConfigDict, mesh: Mesh, items: int) -> tuple[dict[str, Plan], i
     for name in ("sft", "align"):
         sharding.check_batch(mesh, f"{name}.batch_size", config[name].batch_size, config[name].accumulate)
     sharding.check_batch(mesh, "evaluate.batch_size", config.evaluate.batch_size)
-    shape = doctor._model(config)
+    shape = doctor.planned_model(config)
     lm = policy.language_model(config.model, shape.config, shape.lora, mesh)
     base, trainable = (
         {path: _abstract(x, sharding.parameter_sharding(mesh, path, x.shape)) for path, x in part.items()}
@@ -234,7 +234,7 @@ def _decoding(
     }
     rounds = m.response_length - 1
     return {
-        "score": Plan(rank._logps, (lm, params, listed), {}, scoring, 1, beside=beside),
+        "score": Plan(rank.part_logps, (lm, params, listed), {}, scoring, 1, beside=beside),
         "search": Plan(
             beam_search,
             (lm, params, _abstract(trie, sharding.replicated(mesh))),
@@ -274,7 +274,7 @@ def _abstract(tree: Any, where: NamedSharding) -> Any:
 def _held(tree: Any) -> int:
     """Bytes of one device's shards."""
     shapes = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct))
-    return sum(memory._shard(x.sharding, x) for x in shapes)
+    return sum(memory.shard_bytes(x.sharding, x) for x in shapes)
 
 
 # ---- What the compiled programs say ----------------------------------------------------------------------------------

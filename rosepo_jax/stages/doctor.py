@@ -146,7 +146,7 @@ def _memory(config: "ConfigDict") -> list[str]:
     from rosepo_jax.training import memory, sharding
 
     mesh = sharding.planned_mesh(config.mesh, config.mesh.devices or jax.device_count())
-    lm = _model(config)
+    lm = planned_model(config)
     plain = dataclasses.replace(lm, quantize="none")  # which packs several parameters into an element
     frozen, trained = (sum(x.size for x in part.values()) for part in memory.parameters(plain))
     found = memory.stages(config, lm, mesh)
@@ -186,7 +186,7 @@ def _limit(hardware: str, devices: int) -> tuple[str, float]:
     return here.device_kind, limit or host / devices
 
 
-def _model(config: "ConfigDict") -> "LanguageModel":
+def planned_model(config: "ConfigDict") -> "LanguageModel":
     """The model that SFT will start from: as its folder says, else as model.architecture says, else the preset."""
     from rosepo_jax.models import families
     from rosepo_jax.models.decoder import LanguageModel

@@ -142,7 +142,7 @@ def parameters(lm: LanguageModel) -> tuple[Shapes, Shapes]:
 
 def on_device(mesh: Mesh, params: Shapes) -> int:
     """Bytes of one device's shards."""
-    return sum(_shard(sharding.parameter_sharding(mesh, path, x.shape), x) for path, x in params.items())
+    return sum(shard_bytes(sharding.parameter_sharding(mesh, path, x.shape), x) for path, x in params.items())
 
 
 def share(lm: LanguageModel, ways: int) -> LanguageModel:
@@ -168,7 +168,7 @@ def _optimizer(mesh: Mesh, name: str, settings: ConfigDict, trainable: Shapes) -
     transformation, _ = optimizer.make(settings, name, 1, 1)
     state = jax.eval_shape(functools.partial(init_state, transformation=transformation), trainable)
     layout = loop.state_sharding(mesh, state)
-    return sum(map(_shard, jax.tree.leaves(layout.optimizer), jax.tree.leaves(state.optimizer)))
+    return sum(map(shard_bytes, jax.tree.leaves(layout.optimizer), jax.tree.leaves(state.optimizer)))
 
 
 @functools.cache
@@ -197,6 +197,7 @@ def _bytes(arrays: list[Any]) -> int:
     return sum(x.size * x.dtype.itemsize for x in arrays)
 
 
-def _shard(where: NamedSharding, x: Any) -> int:
+def shard_bytes(where: NamedSharding, x: Any) -> int:
+    """Bytes that one device holds of an array."""
     shape: tuple[int, ...] = where.shard_shape(x.shape)
     return math.prod(shape) * x.dtype.itemsize

@@ -1,3 +1,4 @@
+import itertools
 import time
 
 import jax
@@ -48,6 +49,10 @@ def test_nodes_are_exactly_the_prefixes(titles):
             children = int(trie.child_start_M1[node + 1] - trie.child_start_M1[node])
             widest[len(prefix)] = max(widest[len(prefix)], children)
     assert trie.branching == tuple(widest)
+    level_T, widths = trie.levels()
+    for depth, level in enumerate(level_T):
+        assert widths[level] >= max(widest[depth + 1 :], default=0)  # no child is left out
+    assert all(4 * narrow <= wide for wide, narrow in itertools.pairwise(widths))  # so there are few
     assert trie.rank_I.tolist() == [ranked.index(title) for title in titles]  # equal titles share one
 
 

@@ -263,7 +263,7 @@ def test_llama3_scaling_uses_its_three_bands():
     ratio = naive_frequencies(config) / plain
     assert ratio.max() == 1.0 and ratio.min() == 1 / LLAMA3["factor"]
     assert np.any((ratio < 1) & (ratio > 1 / LLAMA3["factor"]))
-    np.testing.assert_allclose(decoder.rope_frequencies(config), [naive_frequencies(config)] * 2, rtol=1e-6)
+    np.testing.assert_allclose(decoder.rope_frequencies(config), [naive_frequencies(config)], rtol=1e-6)
 
 
 @settings(max_examples=30, deadline=None)
@@ -317,6 +317,26 @@ def test_prefill_and_extend_equal_the_scoring_forward(name):
     for depth in range(T - 1):
         logits, suffix = extend(params, cache, suffix, response[:, :, depth], depth)
         np.testing.assert_allclose(logits, expected[:, :, depth + 1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_layers_written_out_compute_what_a_loop_does(name):
+    """Loops over layers and layers one after the other: log-probs, their gradient, and a step of decoding."""
+    lm = LanguageModel(VARIANTS[name])
+    written = dataclasses.replace(lm, unrolled=True)
+    params, batch = random_params(lm.config), padded(*ragged())
+
+    def found(lm):
+        value, gradient = jax.jit(jax.value_and_grad(lambda p: response_logps(lm, p, *batch).sum()))(params)
+        _, cache = lm.prefill(params, *batch[:2])
+        B = len(batch[0])
+        step, _ = lm.extend(params, cache, lm.empty_suffix(B, 1, 2), batch[2][:, 0, :1], jnp.int32(0))
+        return {"value": value, "step": step, **gradient}
+
+    looped = found(lm)
+    for path, value in found(written).items():
+        error = np.linalg.norm(value - looped[path]) / np.linalg.norm(looped[path])
+        assert error < 1e-5, (path, error)
 
 
 def test_remat_changes_no_number():

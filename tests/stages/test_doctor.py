@@ -110,18 +110,18 @@ def test_an_ordinary_run_is_counted_on_the_devices_that_are_here(capsys):
 
 def test_which_model_is_counted(tmp_path):
     c = defaults.default()
-    assert doctor._model(c).config.width == c.model.width and doctor._model(c).config.vocabulary == 4096
+    assert doctor.planned_model(c).config.width == c.model.width and doctor.planned_model(c).config.vocabulary == 4096
     c.model.path = "owner/name"
     with pytest.raises(UserError, match=r"owner/name.*model\.architecture"):
-        doctor._model(c)
+        doctor.planned_model(c)
     c.model.architecture = "qwen3-4b"
-    assert doctor._model(c).config == families.architecture("qwen3-4b")
+    assert doctor.planned_model(c).config == families.architecture("qwen3-4b")
     c.model.path = str(tmp_path)
     shipped = pathlib.Path(families.__file__).parent / "architectures" / "llama3.2-1b.json"
     (tmp_path / "config.json").write_bytes(shipped.read_bytes())
-    assert doctor._model(c).config == families.architecture("llama3.2-1b")
+    assert doctor.planned_model(c).config == families.architecture("llama3.2-1b")
     c.model.tuning, c.model.quantize = "lora", "nf4"
-    assert doctor._model(c).quantize == "nf4" and doctor._model(c).lora.rank == 8
+    assert doctor.planned_model(c).quantize == "nf4" and doctor.planned_model(c).lora.rank == 8
 
 
 def test_unknown_hardware_is_refused(capsys):
@@ -138,7 +138,7 @@ PUBLISHED = [path.stem for path in sorted(CONFIGS.glob("*.py")) if "published_mo
 def fits(name, words):
     """Whether doctor would say so, on the rows with the longest titles."""
     c = configuration.load(f"{CONFIGS / name}.py:goodreads{words}")
-    found = memory.stages(c, doctor._model(c), sharding.planned_mesh(c.mesh, c.mesh.devices))
+    found = memory.stages(c, doctor.planned_model(c), sharding.planned_mesh(c.mesh, c.mesh.devices))
     return max(needed.total for needed in found.values()) <= memory.USABLE * memory.HARDWARE[c.mesh.hardware]
 
 

@@ -144,6 +144,8 @@ STEPS = {
     "full, remat, micro-batches": (LanguageModel(WIDE, remat="full"), "align", dict(accumulate=4)),
     "adapters, R = 4": (LanguageModel(SMALL, LORA), "align", dict(negatives=3)),
     "adapters, remat": (LanguageModel(SMALL, LORA, remat="full"), "align", {}),
+    "adapters, remat, written out": (LanguageModel(SMALL, LORA, remat="full", unrolled=True), "align", {}),
+    "adapters, written out": (LanguageModel(SMALL, LORA, unrolled=True), "align", {}),
     "adapters, remat, vocabulary, R = 4": (LanguageModel(WIDE, LORA, remat="full"), "align", dict(negatives=3)),
     "sft, remat": (LanguageModel(SMALL, remat="full"), "sft", {}),
 }
