@@ -21,6 +21,7 @@ import json
 import pathlib
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -44,6 +45,7 @@ from rosepo_jax.stages import oracle
 SCRIPT = pathlib.Path(__file__).parent / "peer" / "recbole_sasrec.py"
 AT_LEAST = 5.0  # RecBole's epoch over ours, positions = last
 WIDTH, LAYERS, HEADS, DROPOUT, RATE, SEED = 64, 2, 2, 0.2, 1e-3, 0
+SETTLE = 0.5  # seconds between turns: thread pools spin for a while after their work
 SPLITS = {"train": "train", "valid": "validation", "test": "test"}  # RecBole's name -> ours
 
 
@@ -124,6 +126,7 @@ def measure(systems: dict[str, Any], epochs: int) -> Iterator[dict[str, Any]]:
     test: dict[str, np.ndarray] = {}
     for _ in range(epochs):
         for name, system in systems.items():
+            time.sleep(SETTLE)
             taken[name].append(system.epoch())
             found = system.ranks()
             valid[name].append(float(metrics.ndcg(np.array(found["valid"]), 10).mean()))

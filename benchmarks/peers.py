@@ -27,6 +27,7 @@ import json
 import pathlib
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -60,6 +61,7 @@ MEMORY = {False: 1 / 2, True: 1 / 3}  # of trl's, K = 1
 CEILING = {False: 0.60, True: 0.55}
 LORA = LoRAConfig(rank=16, alpha=32.0, targets="attention/.*|mlp/.*")
 WARM = 1  # updates that are not timed
+SETTLE = 0.5  # seconds between turns: thread pools spin for a while after their work
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # relative, of the first update's loss and log-probs
 LATER = 10  # times that, for losses of later updates: AdamW divides rounding by its own size
 
@@ -138,6 +140,7 @@ def measure(run: Run, folder: pathlib.Path, vocabulary: int, K: int) -> Iterator
         logps_BxR = np.array(workers["ours"].ask(do="logps")["logps"])
         for number in range(WARM + run.repeats):
             for system, worker in workers.items():
+                time.sleep(SETTLE)
                 found[system].append(worker.ask(do="step"))
             if number == WARM:
                 memory = {system: worker.ask(do="memory") for system, worker in workers.items()}

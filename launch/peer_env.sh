@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 case "${1:-}" in
-  recbole) packages=(recbole==1.2.1 "numpy<2" "ray<2.7" torch) ;; # numpy 2 has not the names that RecBole uses
+  recbole) packages=(recbole==1.2.1 "numpy<2" "pandas<3" "ray<2.7" torch) ;; # whose majors it was written for
   tunix) packages=(google-tunix==0.1.7 jax==0.10.2 flax==0.12.8) ;; # wants safetensors below 0.8, transformers 0.8
   *) echo "usage: bash launch/peer_env.sh recbole|tunix" >&2; exit 2 ;;
 esac

@@ -43,37 +43,64 @@ class SASRecConfig:
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), on the flat positions of a batch.
+
+    Flat: where products sum over two axes, XLA on CPUs transposes all activations for the weights' gradients.
+    """
 
     def __init__(self, config: SASRecConfig, *, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
-        self.heads = config.heads
+        self.heads, self.dropout = config.heads, config.dropout
         self.attention_norm = nnx.LayerNorm(config.width, rngs=rngs)
         self.qkv = linear(config.width, 3 * config.width)
         self.out = linear(config.width, config.width)
         self.mlp_norm = nnx.LayerNorm(config.width, rngs=rngs)
         self.up = linear(config.width, config.width)
         self.down = linear(config.width, config.width)
-        self.dropout = nnx.Dropout(config.dropout)
 
-    def __call__(self, x_BxNxD: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
-        still = rngs is None
-        update_BxNxD = self.out(self.attend(self.qkv(self.attention_norm(x_BxNxD))))
-        x_BxNxD = x_BxNxD + self.dropout(update_BxNxD, deterministic=still, rngs=rngs)
-        update_BxNxD = self.down(nnx.relu(self.up(self.mlp_norm(x_BxNxD))))
-        return x_BxNxD + self.dropout(update_BxNxD, deterministic=still, rngs=rngs)
+    def __call__(self, x_BNxD: jax.Array, length: int, place_BxM: jax.Array | None, key: jax.Array | None) -> jax.Array:
+        """States of B rows of `length` positions, or of M positions of each; dropout where a key is given."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        normed_BNxD, width = self.attention_norm(x_BNxD), x_BNxD.shape[1]
+        if place_BxM is None:
+            place_BxM = jnp.arange(length)[None]
+            q, k, v = jnp.split(self.qkv(normed_BNxD), 3, axis=1)
+        else:
+            kernel_Dx3D, bias_3D = (jnp.asarray(x) for x in (self.qkv.kernel, self.qkv.bias))
+            q = _at(normed_BNxD, length, place_BxM) @ kernel_Dx3D[:, :width] + bias_3D[None, :width]
+            k, v = jnp.split(normed_BNxD @ kernel_Dx3D[:, width:] + bias_3D[None, width:], 2, axis=1)
+            x_BNxD = _at(x_BNxD, length, place_BxM)
+        update = self.out(self.attend(q, k, v, length, place_BxM))
+        x = x_BNxD + _drop(update, self.dropout, keys[0])
+        update = self.down(nnx.relu(self.up(self.mlp_norm(x))))
+        return x + _drop(update, self.dropout, keys[1])
 
-    def attend(self, qkv_BxNx3D: jax.Array) -> jax.Array:
-        batch, length, width = qkv_BxNx3D.shape
-        q, k, v = jnp.moveaxis(qkv_BxNx3D.reshape(batch, length, 3, self.heads, -1), 2, 0)  # each [B, N, H, D/H]
-        causal = jnp.tri(length, dtype=bool)
-        logits_BxHxNxN = jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
-        weight_BxHxNxN = jax.nn.softmax(jnp.where(causal[None, None], logits_BxHxNxN, -jnp.inf), axis=-1)
-        return jnp.einsum("bhqk,bkhd->bqhd", weight_BxHxNxN, v).reshape(batch, length, width // 3)
+    def attend(self, q_BMxD, k_BNxD, v_BNxD, length: int, place_BxM: jax.Array) -> jax.Array:
+        B, width = len(k_BNxD) // length, k_BNxD.shape[1]
+        q, k, v = (x.reshape(B, -1, self.heads, width // self.heads) for x in (q_BMxD, k_BNxD, v_BNxD))
+        seen_BxMxN = place_BxM[:, :, None] >= jnp.arange(length)[None, None]
+        logits_BxHxMxN = jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+        weight_BxHxMxN = jax.nn.softmax(jnp.where(seen_BxMxN[:, None], logits_BxHxMxN, -jnp.inf), axis=-1)
+        return jnp.einsum("bhqk,bkhd->bqhd", weight_BxHxMxN, v).reshape(q_BMxD.shape)
+
+
+def _at(x_BNxD: jax.Array, length: int, place_BxM: jax.Array) -> jax.Array:
+    """Some positions of each row, flat [B * M, D]."""
+    row_Bx1 = length * jnp.arange(len(place_BxM))[:, None]
+    return x_BNxD[(row_Bx1 + place_BxM).reshape(-1)]
+
+
+def _drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Dropout by 16 random bits an element: drawing them is most of its cost."""
+    if key is None or not rate:
+        return x
+    limit = min(round(rate * 2**16), 2**16 - 1)
+    bits = jax.lax.bitcast_convert_type(jax.random.bits(key, ((x.size + 1) // 2,)), jnp.uint16)
+    return jnp.where(bits.reshape(-1)[: x.size].reshape(x.shape) >= limit, x * (2**16 / (2**16 - limit)), 0)
 
 
 class SASRec(nnx.Module):
-    """History [B, N] -> hidden state of every position [B, N, D]; `rngs` switches dropout on."""
+    """History [B, N] -> hidden states of all positions [B, N, D], or of M [B, M, D]; a key switches dropout on."""
 
     def __init__(self, config: SASRecConfig, *, rngs: nnx.Rngs):
         normal = nnx.initializers.normal(0.02)
@@ -83,16 +110,19 @@ class SASRec(nnx.Module):
         for name in self.blocks:
             setattr(self, name, Block(config, rngs=rngs))
         self.norm = nnx.LayerNorm(config.width, rngs=rngs)
-        self.dropout = nnx.Dropout(config.dropout)
+        self.dropout = config.dropout
 
-    def __call__(self, history_BxN: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+    def __call__(self, history_BxN: jax.Array, place_BxM: jax.Array | None, key: jax.Array | None) -> jax.Array:
+        (B, length), width = history_BxN.shape, self.item.shape[1]
+        first, *keys = [None] * (1 + len(self.blocks)) if key is None else jax.random.split(key, 1 + len(self.blocks))
         real_BxNx1 = (history_BxN >= 0)[:, :, None]
         item_BxNxD = jnp.where(real_BxNx1, self.item[...][jnp.maximum(history_BxN, 0)], 0)
-        x_BxNxD = item_BxNxD * self.item.shape[1] ** 0.5 + self.position[None, : history_BxN.shape[1]]
-        x_BxNxD = self.dropout(x_BxNxD, deterministic=rngs is None, rngs=rngs)
-        for name in self.blocks:
-            x_BxNxD = getattr(self, name)(x_BxNxD, rngs)
-        return self.norm(x_BxNxD)
+        x_BxNxD = item_BxNxD * width**0.5 + self.position[None, :length]
+        x = _drop(x_BxNxD.reshape(-1, width), self.dropout, first)
+        for name, key in zip(self.blocks, keys):
+            # What the last block makes of other positions nobody reads.
+            x = getattr(self, name)(x, length, place_BxM if name == self.blocks[-1] else None, key)
+        return self.norm(x).reshape(B, -1, width)
 
 
 def init(config: SASRecConfig, key: jax.Array) -> Params:
@@ -105,70 +135,73 @@ def _graph(config: SASRecConfig) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: SASRec(config, rngs=nnx.Rngs(0))))
 
 
-def hidden(config: SASRecConfig, params: Params, history_BxN: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """Hidden states [B, N, D] of a history of at most `config.positions` items; dropout only where a key is given."""
+def hidden(
+    config: SASRecConfig,
+    params: Params,
+    history_BxN: jax.Array,
+    place_BxM: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Hidden states [B, N, D] of a history of at most `config.positions` items, or [B, M, D] of some positions.
+
+    Dropout only where a key is given.
+    """
     if history_BxN.shape[1] > config.positions:
         raise ValueError(f"history of width {history_BxN.shape[1]} for {config.positions} positions")
-    return nnx.merge(_graph(config), params)(history_BxN, None if key is None else nnx.Rngs(dropout=key))
+    return nnx.merge(_graph(config), params)(history_BxN, place_BxM, key)
 
 
-def last_hidden(config: SASRecConfig, params: Params, history_BxN: jax.Array) -> jax.Array:
-    """Hidden state [B, D] of the last real position."""
-    last_B = jnp.maximum(jnp.sum(history_BxN >= 0, axis=1) - 1, 0)
-    return hidden(config, params, history_BxN)[jnp.arange(len(history_BxN)), last_B]
+def last(history_BxN: jax.Array) -> jax.Array:
+    """The last real position of each row [B, 1]."""
+    return jnp.maximum(jnp.sum(history_BxN >= 0, axis=1, keepdims=True) - 1, 0)
 
 
 def scores(config: SASRecConfig, params: Params, history_BxN: jax.Array) -> jax.Array:
     """Scores [B, I] of every item as the one that follows the history: logits of a softmax, float32, no unit."""
-    return last_hidden(config, params, history_BxN) @ params["item"].T
+    return hidden(config, params, history_BxN, last(history_BxN))[:, 0] @ params["item"].T
 
 
 def item_scores(config: SASRecConfig, params: Params, history_BxN: jax.Array, item_BxR: jax.Array) -> jax.Array:
     """Scores [B, R] of some items only: the columns `item_BxR` of `scores`, without the other columns' cost."""
-    return jnp.einsum("bd,brd->br", last_hidden(config, params, history_BxN), params["item"][item_BxR])
+    state_BxD = hidden(config, params, history_BxN, last(history_BxN))[:, 0]
+    return jnp.einsum("bd,brd->br", state_BxD, params["item"][item_BxR])
 
 
-def all_position_logits(
-    config: SASRecConfig, params: Params, history_BxN: jax.Array, key: jax.Array | None = None
-) -> jax.Array:
-    """Logits [B, N, I] of the item after every position, for training."""
-    return hidden(config, params, history_BxN, key) @ params["item"].T
+def next_items(history_BxN: jax.Array, target_B: jax.Array, positions: str) -> tuple[jax.Array | None, jax.Array]:
+    """What is predicted where: (place_BxM, next_BxM), positions of the history and the items that follow them.
 
-
-def next_items(history_BxN: jax.Array, target_B: jax.Array, positions: str) -> jax.Array:
-    """The item that follows each position [B, N], -1 where none is to be predicted.
-
-    positions: all (every history item and the target) | last (the target only).
+    positions: all (every position, for which place is None; next is -1 behind the end) | last (the target only, M = 1).
     """
-    batch, width = history_BxN.shape
-    last_B = jnp.maximum(jnp.sum(history_BxN >= 0, axis=1) - 1, 0)
-    following_BxN = jnp.concatenate([history_BxN[:, 1:], jnp.full((batch, 1), -1, history_BxN.dtype)], axis=1)
     if positions == "last":
-        following_BxN = jnp.full((batch, width), -1, history_BxN.dtype)
-    return following_BxN.at[jnp.arange(batch), last_B].set(target_B)
+        return last(history_BxN), target_B[:, None]
+    batch = len(history_BxN)
+    following_BxN = jnp.concatenate([history_BxN[:, 1:], jnp.full((batch, 1), -1, history_BxN.dtype)], axis=1)
+    return None, following_BxN.at[jnp.arange(batch), last(history_BxN)[:, 0]].set(target_B)
 
 
 def cross_entropy(
-    config: SASRecConfig, params: Params, history_BxN: jax.Array, next_BxN: jax.Array, key: jax.Array | None
+    config: SASRecConfig, params: Params, history_BxN: jax.Array, place_BxM, next_BxM, key: jax.Array | None
 ) -> jax.Array:
     """Mean over predicted positions of the softmax cross-entropy over the whole catalogue, nats."""
-    logits_BxNxI = all_position_logits(config, params, history_BxN, key)
-    losses_BxN = optax.softmax_cross_entropy_with_integer_labels(logits_BxNxI, jnp.maximum(next_BxN, 0))
-    return _mean(losses_BxN, next_BxN >= 0)
+    state_BMxD = hidden(config, params, history_BxN, place_BxM, key).reshape(-1, config.width)
+    next_BM = next_BxM.reshape(-1)
+    losses_BM = optax.softmax_cross_entropy_with_integer_labels(state_BMxD @ params["item"].T, jnp.maximum(next_BM, 0))
+    return _mean(losses_BM, next_BM >= 0)
 
 
 def binary_cross_entropy(
-    config: SASRecConfig, params: Params, history_BxN: jax.Array, next_BxN: jax.Array, key: jax.Array
+    config: SASRecConfig, params: Params, history_BxN: jax.Array, place_BxM, next_BxM, key: jax.Array
 ) -> jax.Array:
     """Mean over predicted positions of softplus(-s_next) + softplus(s_other), one uniform other item per position."""
     dropout_key, negative_key = jax.random.split(key)
-    hidden_BxNxD = hidden(config, params, history_BxN, dropout_key)
-    shift_BxN = jax.random.randint(negative_key, next_BxN.shape, 1, max(config.items, 2))  # never the next item itself
-    positive_BxN = jnp.maximum(next_BxN, 0)
-    negative_BxN = (positive_BxN + shift_BxN) % config.items
-    score = lambda item_BxN: jnp.einsum("bnd,bnd->bn", hidden_BxNxD, params["item"][item_BxN])  # noqa: E731
-    losses_BxN = jax.nn.softplus(-score(positive_BxN)) + jax.nn.softplus(score(negative_BxN))
-    return _mean(losses_BxN, next_BxN >= 0)
+    state_BMxD = hidden(config, params, history_BxN, place_BxM, dropout_key).reshape(-1, config.width)
+    next_BM = next_BxM.reshape(-1)
+    shift_BM = jax.random.randint(negative_key, next_BM.shape, 1, max(config.items, 2))  # never the next item itself
+    positive_BM = jnp.maximum(next_BM, 0)
+    negative_BM = (positive_BM + shift_BM) % config.items
+    score = lambda item_BM: jnp.einsum("md,md->m", state_BMxD, params["item"][item_BM])  # noqa: E731
+    losses_BM = jax.nn.softplus(-score(positive_BM)) + jax.nn.softplus(score(negative_BM))
+    return _mean(losses_BM, next_BM >= 0)
 
 
 def _mean(values: jax.Array, real: jax.Array) -> jax.Array:

@@ -124,10 +124,10 @@ def epoch_function(
             params, optimizer_state = state
             row_B, number = batch
             history_BxN = history_ExN[row_B]
-            next_BxN = sasrec.next_items(history_BxN, target_E[row_B], positions)
-            next_BxN = jnp.where(row_B[:, None] >= 0, next_BxN, -1)
+            place_BxM, next_BxM = sasrec.next_items(history_BxN, target_E[row_B], positions)
+            next_BxM = jnp.where(row_B[:, None] >= 0, next_BxM, -1)
             value, gradient = jax.value_and_grad(losses[loss], argnums=1)(
-                architecture, params, history_BxN, next_BxN, jax.random.fold_in(key, number)
+                architecture, params, history_BxN, place_BxM, next_BxM, jax.random.fold_in(key, number)
             )
             updates, optimizer_state = transformation.update(gradient, optimizer_state, params)
             return (optax.apply_updates(params, updates), optimizer_state), value

@@ -1,4 +1,4 @@
-"""The comparisons with TRL and RecBole, our side alone and tiny: every figure is there and says what it should."""
+"""Comparisons with TRL and RecBole, our side alone, and growth with sizes: tiny, every figure there and plausible."""
 
 import json
 import math
@@ -10,11 +10,12 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 import oracle
 import peers
+import scaling
 
 
 def figures(capsys):
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    return {(row["figure"], row.get("system", ""), row.get("unit", "")): row["value"] for row in rows}
+    return {(row["figure"], row.get("system", ""), row.get("unit", "")): row["value"] for row in rows if "value" in row}
 
 
 def test_our_update_is_timed_measured_and_counted(capsys):
@@ -37,3 +38,16 @@ def test_our_oracle_is_trained_and_ranks_the_whole_catalogue(capsys):
         # Below the entropy of a uniform guess, so something was learnt.
         assert 0 < found["loss", system, "nats, epoch 2"] < math.log(60)
         assert any(0 < value < 1 for (figure, of, _), value in found.items() if figure == "HR@10" and of == system)
+
+
+def test_sizes_grow_and_so_do_tokens_and_memory(capsys, monkeypatch):
+    monkeypatch.setattr(scaling, "SHAPE", peers.SHAPES["tiny"]())
+    monkeypatch.setattr(scaling, "SIZES", {"P": (64, 512), "titles": (30, 60)})
+    scaling.main(["--axes=P,titles", "--repeats=1"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = {(row["axis"], row["size"], row["figure"]): row["value"] for row in rows}
+    assert found["P", 512, "tokens"] > found["P", 64, "tokens"] > 8 * 32  # a prompt has half of P at least
+    growth = math.log(found["P", 512, "tokens"] / found["P", 64, "tokens"]) / math.log(8)
+    assert found["P", "64-512", "growth: tokens"] == pytest.approx(growth)
+    assert 0.5 < growth < 1  # response tokens do not grow
+    assert found["titles", 60, "search"] > 0 and found["titles", 60, "trie"] > found["titles", 30, "trie"]

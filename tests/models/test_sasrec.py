@@ -30,6 +30,11 @@ KEY = jax.random.key(0)
 PARAMS = random_params()
 
 
+def every_logit(config, params, history, key=None):
+    """Logits [B, N, I] of the item after every position."""
+    return sasrec.hidden(config, params, jnp.asarray(history), key=key) @ params["item"].T
+
+
 def naive_hidden(params, history):
     """Hidden states of one unpadded history, one position and one head at a time."""
     norm = lambda x, p: (x - x.mean()) / np.sqrt(x.var() + 1e-6) * p["scale"] + p["bias"]  # noqa: E731
@@ -61,7 +66,7 @@ def test_against_the_naive_forward_in_float64():
     with jax.enable_x64(True):
         params = random_params(dtype=np.float64)
         plain = jax.tree.map(np.asarray, params)
-        logits = sasrec.all_position_logits(CONFIG, params, jnp.asarray(HISTORY))
+        logits = every_logit(CONFIG, params, HISTORY)
         scores = sasrec.scores(CONFIG, params, jnp.asarray(HISTORY))
         for row, history in enumerate(HISTORY):
             real = history[history >= 0]
@@ -85,7 +90,7 @@ def test_padding_and_batch_size_change_nothing(rows, lengths):
 
 
 def test_later_items_never_reach_earlier_positions():
-    every = jax.jit(lambda history: sasrec.all_position_logits(CONFIG, PARAMS, history))
+    every = jax.jit(lambda history: every_logit(CONFIG, PARAMS, history))
     logits = np.asarray(every(HISTORY))
     for position in range(1, 6):
         changed = HISTORY.copy()
@@ -109,48 +114,68 @@ def test_order_of_the_history_matters():
 
 def test_dropout_only_with_a_key():
     history = jnp.asarray(HISTORY)
-    still, again = (sasrec.all_position_logits(CONFIG, PARAMS, history) for _ in range(2))
+    still, again = (every_logit(CONFIG, PARAMS, history) for _ in range(2))
     np.testing.assert_array_equal(still, again)
-    a, b, c = (sasrec.all_position_logits(CONFIG, PARAMS, history, jax.random.key(k)) for k in (1, 1, 2))
+    a, b, c = (every_logit(CONFIG, PARAMS, history, jax.random.key(k)) for k in (1, 1, 2))
     np.testing.assert_array_equal(a, b)
     assert np.any(a != c) and np.any(a != still)
     off = dataclasses.replace(CONFIG, dropout=0.0)
-    np.testing.assert_array_equal(sasrec.all_position_logits(off, PARAMS, history, KEY), still)
+    np.testing.assert_array_equal(every_logit(off, PARAMS, history, KEY), still)
+
+
+def test_states_of_some_positions_are_those_of_all():
+    place = jnp.array([[5, 0], [2, 2], [0, 4]])
+    every = sasrec.hidden(CONFIG, PARAMS, jnp.asarray(HISTORY))
+    some = sasrec.hidden(CONFIG, PARAMS, jnp.asarray(HISTORY), place)
+    np.testing.assert_allclose(some, jnp.take_along_axis(every, place[:, :, None], axis=1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.9])
+def test_dropout_drops_its_share_and_keeps_the_mean(rate):
+    kept = np.asarray(sasrec._drop(jnp.ones((999, 1001)), rate, KEY), np.float64)
+    assert len(np.unique(kept)) == 2 and kept.min() == 0
+    deviation = np.sqrt(rate * (1 - rate) / kept.size)  # of the share; five of them, and the grid of 16 bits
+    assert abs((kept == 0).mean() - rate) < 5 * deviation + 2**-16
+    assert abs(kept.mean() - 1) < 5 * deviation / (1 - rate)
+    assert np.array_equal(sasrec._drop(jnp.ones(3), 0.0, KEY), np.ones(3))
 
 
 def test_next_items():
     target, short = jnp.array([7, 0, 10]), jnp.concatenate([HISTORY, np.full((1, 6), -1, np.int32)])
-    every = sasrec.next_items(jnp.asarray(HISTORY), target, "all")
+    place, every = sasrec.next_items(jnp.asarray(HISTORY), target, "all")
+    assert place is None
     np.testing.assert_array_equal(every, [[1, 4, 1, 5, 9, 7], [6, 5, 0, -1, -1, -1], [10, -1, -1, -1, -1, -1]])
-    last = sasrec.next_items(jnp.asarray(HISTORY), target, "last")
-    np.testing.assert_array_equal(last, [[-1, -1, -1, -1, -1, 7], [-1, -1, 0, -1, -1, -1], [10, -1, -1, -1, -1, -1]])
-    empty = sasrec.next_items(short, jnp.array([7, 0, 10, 4]), "all")[3]
+    place, last = sasrec.next_items(jnp.asarray(HISTORY), target, "last")
+    np.testing.assert_array_equal(place, [[5], [2], [0]])
+    np.testing.assert_array_equal(last, [[7], [0], [10]])
+    empty = sasrec.next_items(short, jnp.array([7, 0, 10, 4]), "all")[1][3]
     np.testing.assert_array_equal(empty, [4, -1, -1, -1, -1, -1])  # an empty history still predicts its target
 
 
 def test_losses_in_closed_form():
     config = dataclasses.replace(CONFIG, dropout=0.0)
-    following = sasrec.next_items(jnp.asarray(HISTORY), jnp.array([7, 0, 10]), "all")
-    logits = np.asarray(sasrec.all_position_logits(config, PARAMS, jnp.asarray(HISTORY)), np.float64)
+    place, following = sasrec.next_items(jnp.asarray(HISTORY), jnp.array([7, 0, 10]), "all")
+    logits = np.asarray(every_logit(config, PARAMS, jnp.asarray(HISTORY)), np.float64)
     picked = [(b, n, following[b, n]) for b in range(3) for n in range(6) if following[b, n] >= 0]
     expected = np.mean([np.log(np.exp(logits[b, n]).sum()) - logits[b, n, i] for b, n, i in picked])
-    loss = sasrec.cross_entropy(config, PARAMS, jnp.asarray(HISTORY), following, None)
+    loss = sasrec.cross_entropy(config, PARAMS, jnp.asarray(HISTORY), place, following, None)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
-    both = sasrec.binary_cross_entropy(config, zero, jnp.asarray(HISTORY), following, KEY)
+    both = sasrec.binary_cross_entropy(config, zero, jnp.asarray(HISTORY), place, following, KEY)
     np.testing.assert_allclose(both, 2 * np.log(2), rtol=1e-6)
     two = dataclasses.replace(config, items=2)  # then the negative can only be the other item
     params = random_params(two)
     history, target = jnp.array([[0, 1, 1]]), jnp.array([0])
-    following = sasrec.next_items(history, target, "last")
+    predicted = sasrec.next_items(history, target, "last")
     scores = np.asarray(sasrec.scores(two, params, history))[0]
-    loss = sasrec.binary_cross_entropy(two, params, history, following, KEY)
+    loss = sasrec.binary_cross_entropy(two, params, history, *predicted, KEY)
     np.testing.assert_allclose(loss, np.logaddexp(0, -scores[0]) + np.logaddexp(0, scores[1]), rtol=1e-5)
 
 
+@pytest.mark.parametrize("positions", ["all", "last"])
 @pytest.mark.parametrize("loss", [sasrec.cross_entropy, sasrec.binary_cross_entropy])
-def test_it_learns_an_order(loss):
+def test_it_learns_an_order(loss, positions):
     """Items follow one another in a fixed cycle: the next one must come first."""
     config = SASRecConfig(items=7, positions=4, width=16, layers=1, heads=2, dropout=0.0)
     params, optimizer = sasrec.init(config, KEY), optax.adam(1e-2)
@@ -159,8 +184,8 @@ def test_it_learns_an_order(loss):
 
     @jax.jit
     def step(params, state, key):
-        following = sasrec.next_items(history, target, "all")
-        gradient = jax.grad(lambda p: loss(config, p, history, following, key))(params)
+        predicted = sasrec.next_items(history, target, positions)
+        gradient = jax.grad(lambda p: loss(config, p, history, *predicted, key))(params)
         updates, state = optimizer.update(gradient, state)
         return optax.apply_updates(params, updates), state
 

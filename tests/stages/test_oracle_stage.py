@@ -100,12 +100,13 @@ def test_batch_order_is_a_permutation_of_seed_and_epoch():
     assert np.any(order != oracle.batch_order(0, 4, 10, 4)) and np.any(order != oracle.batch_order(1, 3, 10, 4))
 
 
-def test_fill_of_the_last_batch_is_inert():
+@pytest.mark.parametrize("positions", ["all", "last"])
+def test_fill_of_the_last_batch_is_inert(positions):
     architecture = sasrec.SASRecConfig(ITEMS, HISTORY, 8, 1, 1, 0.0)
     data = rows(5, 0)
     history, target = jnp.asarray(data.history_ExN), jnp.asarray(data.target_E)
     transformation = optax.sgd(0.1)
-    scan = oracle.epoch_function(architecture, transformation, "ce", "all")
+    scan = oracle.epoch_function(architecture, transformation, "ce", positions)
 
     def after(order):
         params = sasrec.init(architecture, jax.random.key(0))
