@@ -14,7 +14,7 @@ from rosepo_jax.data.examples import TitleTable
 from rosepo_jax.data.rows import Rows
 from rosepo_jax.decoding import rank
 from rosepo_jax.errors import UserError
-from rosepo_jax.training import policy, sharding
+from rosepo_jax.training import policy, programs, sharding
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +36,7 @@ def main(config: ConfigDict, args: argparse.Namespace) -> int:
             raise UserError(f"{workdir}/{needed}: not there yet; run `rosepo run --workdir={workdir}` first")
     catalogue = Catalogue.load(workdir / "prepare" / "catalogue.jsonl")
     history = user_history(workdir, args.user) if args.user else [find(catalogue, t) for t in args.history.split("|")]
+    programs.keep(config)
     mesh = sharding.make_mesh(config.mesh)
     model = policy.load(config, workdir / args.model, mesh)
     if model.encoder.template.uses_candidates:

@@ -11,7 +11,7 @@ from rosepo_jax.data import batches, examples
 from rosepo_jax.decoding import rank
 from rosepo_jax.errors import UserError
 from rosepo_jax.stages import runtime
-from rosepo_jax.training import policy, sharding
+from rosepo_jax.training import policy, programs, sharding
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +28,7 @@ def main(config: ConfigDict, args: argparse.Namespace) -> int:
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("prompt"), str) or not isinstance(row.get("response"), str):
             raise UserError(f"{args.input}: row {number} needs the texts `prompt` and `response`")
+    programs.keep(config)
     model = policy.open_model(config, args.model, sharding.make_mesh(config.mesh))
     size = config.evaluate.batch_size
     out: list[dict] = []
