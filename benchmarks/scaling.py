@@ -7,7 +7,7 @@ P, R, T, B     one DPO update (peer/ours_dpo.py: LoRA, float32, reference in the
                padding included; memory by XLA's plan.
 titles         beam search of the top 10 by 20 beams (decode.py) in catalogues of that many titles: users a second,
                the trie's bytes, seconds to build it.
-interactions   `rosepo prepare` of a synthetic log (prepare.py), in a process of its own: seconds, peak memory.
+interactions   `rosepo prepare` of a synthetic log (prepare.py): seconds, peak memory.
 
 One JSON line per figure: the median of the repeats and their range. `growth` is the exponent between the two largest
 sizes, 1 where a figure grows in proportion.
@@ -18,6 +18,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +31,6 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import decode
 import peers
-import prepare
 import record
 from peer import ours_dpo
 
@@ -79,10 +79,11 @@ def search(titles: int, repeats: int) -> Figures:
 
 
 def preparation(interactions: int) -> Figures:
-    with tempfile.TemporaryDirectory() as folder:
-        overrides = prepare.synthetic(interactions, pathlib.Path(folder))
-        found = prepare.measure(str(prepare.REPOSITORY / "configs" / "demo.py"), overrides)
-    return {(name, prepare.UNITS[name]): {"value": found[name]} for name in ("time", "peak memory")}
+    """By prepare.py: the peak memory of a process begins with that of its parent, and this one is large."""
+    command = [sys.executable, str(pathlib.Path(__file__).with_name("prepare.py")), f"--interactions={interactions}"]
+    lines = subprocess.run([*command, "--repeats=1"], stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    rows = {row["figure"]: row for row in map(json.loads, lines)}
+    return {(name, rows[name]["unit"]): {"value": rows[name]["value"]} for name in ("time", "peak memory")}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
