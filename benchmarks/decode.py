@@ -88,8 +88,8 @@ def make_problem(decoder: DecoderConfig, *, users: int, P: int, items: int, T: i
     prompts = [rng.integers(FIRST, decoder.vocabulary, rng.integers(P // 2, P + 1)).tolist() for _ in range(users)]
     for prompt in prompts:
         prompt[-1] = int(half + quarter + rng.integers(quarter))
-    c = defaults.default()
-    lm = policy.language_model(c.model, decoder, None, sharding.make_mesh(c.mesh))
+    one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
+    lm = policy.language_model(defaults.default().model, decoder, None, one)
     candidates_UxC = np.stack([rng.permutation(items)[:candidates] for _ in range(users)])
     return Problem(lm, parameters(lm, prompts, titles, rng), prompts, titles, candidates_UxC)
 
