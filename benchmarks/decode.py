@@ -231,11 +231,11 @@ def measure(ours: Ours, theirs: Theirs | None, users: int, repeats: int) -> Iter
         for name, call in calls.items():
             taken[name].append(seconds(call))
     for (figure, variant), values in taken.items():
-        yield {"figure": figure, "variant": variant, "unit": "users/s", **spread(users / np.array(values))}
+        yield {"figure": figure, "variant": variant, "unit": "users/s", **record.spread(users / np.array(values))}
     if theirs is not None:
         for figure, baseline in (("candidates", "candidates"), ("catalogue", "catalogue"), ("completed", "catalogue")):
             ratio = np.array(taken[baseline, "transformers"]) / np.array(taken[figure, "ours"])
-            yield {"figure": figure, "against": f"transformers, {baseline}", "unit": "x", **spread(ratio)}
+            yield {"figure": figure, "against": f"transformers, {baseline}", "unit": "x", **record.spread(ratio)}
     for figure in ("catalogue", "completed"):
         share = float(answers[figure, "ours"].certified_U.mean())
         yield {"figure": f"{figure}: certified", "unit": "share of users", "value": share}
@@ -261,10 +261,6 @@ def agreement(answers: dict[tuple[str, str], Any]) -> Iterator[dict[str, Any]]:
                 "unit": f"of {len(same)}",
                 "value": int(same.sum()),
             }
-
-
-def spread(values: np.ndarray) -> dict[str, float]:
-    return {"value": float(np.median(values)), "low": float(values.min()), "high": float(values.max())}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,6 @@ import json
 import pathlib
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,7 +31,7 @@ import optax
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import record
-from worker import Clock, Worker
+from worker import Clock, Worker, settle
 
 from rosepo_jax import config as defaults
 from rosepo_jax.__main__ import keep_freed_memory
@@ -45,7 +44,6 @@ from rosepo_jax.stages import oracle
 SCRIPT = pathlib.Path(__file__).parent / "peer" / "recbole_sasrec.py"
 AT_LEAST = 5.0  # RecBole's epoch over ours, positions = last
 WIDTH, LAYERS, HEADS, DROPOUT, RATE, SEED = 64, 2, 2, 0.2, 1e-3, 0
-SETTLE = 0.5  # seconds between turns: thread pools spin for a while after their work
 SPLITS = {"train": "train", "valid": "validation", "test": "test"}  # RecBole's name -> ours
 
 
@@ -126,7 +124,7 @@ def measure(systems: dict[str, Any], epochs: int) -> Iterator[dict[str, Any]]:
     test: dict[str, np.ndarray] = {}
     for _ in range(epochs):
         for name, system in systems.items():
-            time.sleep(SETTLE)
+            settle()
             taken[name].append(system.epoch())
             found = system.ranks()
             valid[name].append(float(metrics.ndcg(np.array(found["valid"]), 10).mean()))
@@ -134,10 +132,10 @@ def measure(systems: dict[str, Any], epochs: int) -> Iterator[dict[str, Any]]:
                 test[name] = np.array(found["test"])
     seconds = {name: np.array([epoch["seconds"] for epoch in epochs]) for name, epochs in taken.items()}
     for name in systems:
-        yield {"figure": "epoch", "system": name, "unit": "s", **spread(seconds[name][1:])}
+        yield {"figure": "epoch", "system": name, "unit": "s", **record.spread(seconds[name][1:])}
     for name in [name for name in systems if name != "recbole"] if "recbole" in systems else []:
         row = {"figure": "epoch", "system": name, "against": "recbole", "unit": "x"}
-        row |= spread(seconds["recbole"][1:] / seconds[name][1:])
+        row |= record.spread(seconds["recbole"][1:] / seconds[name][1:])
         yield row | ({"at least": AT_LEAST} if name == "last" else {})
     for name in systems:
         best = int(np.argmax(valid[name]))
@@ -154,10 +152,6 @@ def measure(systems: dict[str, Any], epochs: int) -> Iterator[dict[str, Any]]:
             value = float(np.median(seconds[name][1:]) * (reached[0] + 1))
             unit = f"s, {reached[0] + 1} epochs"
             yield {"figure": "until RecBole's best", "system": name, "unit": unit, "value": value}
-
-
-def spread(values: np.ndarray) -> dict[str, float]:
-    return {"value": float(np.median(values)), "low": float(values.min()), "high": float(values.max())}
 
 
 def interval(values: np.ndarray) -> dict[str, float]:

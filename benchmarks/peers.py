@@ -27,7 +27,6 @@ import json
 import pathlib
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -38,7 +37,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import record
-from worker import Worker
+from worker import Worker, settle
 
 from rosepo_jax import seeds
 from rosepo_jax.models import checkpoints_hf, families, peft
@@ -61,7 +60,6 @@ MEMORY = {False: 1 / 2, True: 1 / 3}  # of trl's, K = 1
 CEILING = {False: 0.60, True: 0.55}
 LORA = LoRAConfig(rank=16, alpha=32.0, targets="attention/.*|mlp/.*")
 WARM = 1  # updates that are not timed
-SETTLE = 0.5  # seconds between turns: thread pools spin for a while after their work
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # relative, of the first update's loss and log-probs
 LATER = 10  # times that, for losses of later updates: AdamW divides rounding by its own size
 
@@ -140,7 +138,7 @@ def measure(run: Run, folder: pathlib.Path, vocabulary: int, K: int) -> Iterator
         logps_BxR = np.array(workers["ours"].ask(do="logps")["logps"])
         for number in range(WARM + run.repeats):
             for system, worker in workers.items():
-                time.sleep(SETTLE)
+                settle()
                 found[system].append(worker.ask(do="step"))
             if number == WARM:
                 memory = {system: worker.ask(do="memory") for system, worker in workers.items()}
@@ -151,9 +149,9 @@ def measure(run: Run, folder: pathlib.Path, vocabulary: int, K: int) -> Iterator
     yield from agreement(run, K, found, logps_BxR)
     taken = np.array([step["seconds"] for step in found["ours"][WARM:]])
     used, ceiling = work["flops"] / taken, np.array(ceilings[WARM:])
-    yield {"K": K, "figure": "matrix products", "unit": "GFLOP/s", **spread(ceiling / 1e9)}
-    yield {"K": K, "figure": "ours", "unit": "GFLOP/s", **spread(used / 1e9)}
-    share = {"K": K, "figure": "ours", "unit": "of matrix products", **spread(used / ceiling)}
+    yield {"K": K, "figure": "matrix products", "unit": "GFLOP/s", **record.spread(ceiling / 1e9)}
+    yield {"K": K, "figure": "ours", "unit": "GFLOP/s", **record.spread(used / 1e9)}
+    share = {"K": K, "figure": "ours", "unit": "of matrix products", **record.spread(used / ceiling)}
     yield share | ({"at least": CEILING[run.gpu]} if run.shape != "tiny" else {})
     yield {"K": K, "figure": "ours: useful tokens", "unit": "share", "value": work["useful"] / work["processed"]}
 
@@ -165,11 +163,11 @@ def speed(run: Run, K: int, found: dict[str, list[dict[str, Any]]]) -> Iterator[
         for kind in ("seconds", "processor")
     }
     for system in found:
-        yield {"K": K, "figure": system, "unit": "pairs/s", **spread(run.B * K / taken[system, "seconds"])}
+        yield {"K": K, "figure": system, "unit": "pairs/s", **record.spread(run.B * K / taken[system, "seconds"])}
     for system in list(found)[1:]:
         for kind, figure in (("seconds", "speed"), ("processor", "speed by processor time")):
             row = {"K": K, "figure": figure, "against": system, "unit": "x"}
-            row |= spread(taken[system, kind] / taken["ours", kind])
+            row |= record.spread(taken[system, kind] / taken["ours", kind])
             target = AT_LEAST[run.gpu].get(K) if (system, kind) == ("trl", "seconds") and run.shape != "tiny" else None
             yield row | ({} if target is None else {"at least": target})
 
@@ -200,10 +198,6 @@ def agreement(run: Run, K: int, found, logps_BxR: np.ndarray) -> Iterator[dict[s
             error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
             row = {"K": K, "figure": f"relative difference of {what}", "against": system, "value": error}
             yield row | {"at most": tolerance * TOLERANCE[run.dtype]}
-
-
-def spread(values: np.ndarray) -> dict[str, float]:
-    return {"value": float(np.median(values)), "low": float(values.min()), "high": float(values.max())}
 
 
 def met(row: dict[str, Any]) -> bool:

@@ -69,8 +69,7 @@ def figures(data: str, found: Sequence[dict[str, float]], at_most: dict[str, flo
     rows = []
     for name, unit in UNITS.items():
         values = [repeat[name] for repeat in found]
-        row = {"data": data, "figure": name, "value": float(np.median(values)), "unit": unit}
-        row |= {"low": min(values), "high": max(values)} if len(values) > 1 else {}
+        row = {"data": data, "figure": name, "unit": unit, **record.spread(values)}
         rows.append(row | ({"at most": at_most[name]} if name in at_most else {}))
     return rows
 

@@ -1,4 +1,4 @@
-"""Appends what a benchmark measured to RESULTS.md: command, date, machine, and one table row a figure."""
+"""What a benchmark measured as rows of figures, and in RESULTS.md: command, date, machine, one table row a figure."""
 
 import datetime
 import os
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 RESULTS = pathlib.Path(__file__).parent / "RESULTS.md"
 
@@ -21,6 +22,11 @@ def machine() -> str:
         model = names[0] if names else model
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{model}, {cores} cores; jax {jax.__version__} on {jax.devices()[0].device_kind}"
+
+
+def spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
+    """The median of repeats and their range."""
+    return {"value": float(np.median(values)), "low": float(np.min(values)), "high": float(np.max(values))}
 
 
 def append(command: str, rows: Sequence[Mapping[str, Any]], path: pathlib.Path = RESULTS) -> None:

@@ -15,6 +15,7 @@ sizes, 1 where a figure grows in proportion.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -58,7 +59,7 @@ def update(folder: pathlib.Path, P: int, R: int, T: int, B: int, repeats: int) -
     ours = ours_dpo.Ours(settings)
     ours.do_step()
     return {
-        ("update", "s"): spread([ours.do_step()["seconds"] for _ in range(repeats)]),
+        ("update", "s"): record.spread([ours.do_step()["seconds"] for _ in range(repeats)]),
         ("tokens", ""): {"value": ours.do_work()["processed"]},
         ("memory by XLA's plan", "MiB"): {"value": ours.do_memory()["planned"] / 2**20},
     }
@@ -72,7 +73,7 @@ def search(titles: int, repeats: int) -> Figures:
     ours = decode.Ours(problem, beams=20, k=10, budget=2000)
     ours.catalogue()
     return {
-        ("search", "users/s"): spread([16 / decode.seconds(ours.catalogue) for _ in range(repeats)]),
+        ("search", "users/s"): record.spread([16 / decode.seconds(ours.catalogue) for _ in range(repeats)]),
         ("trie", "MiB"): {"value": sum(np.asarray(x).nbytes for x in jax.tree.leaves(trie)) / 2**20},
         ("building the trie", "s"): {"value": built},
     }
@@ -83,11 +84,9 @@ def preparation(interactions: int) -> Figures:
     command = [sys.executable, str(pathlib.Path(__file__).with_name("prepare.py")), f"--interactions={interactions}"]
     lines = subprocess.run([*command, "--repeats=1"], stdout=subprocess.PIPE, text=True).stdout.splitlines()
     rows = {row["figure"]: row for row in map(json.loads, lines)}
+    if not rows:
+        raise SystemExit("prepare.py failed; what it said stands above")
     return {(name, rows[name]["unit"]): {"value": rows[name]["value"]} for name in ("time", "peak memory")}
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"value": float(np.median(values)), "low": min(values), "high": max(values)}
 
 
 def measure(axis: str, sizes: Sequence[int], at: Callable[[int], Figures]) -> Iterator[dict[str, Any]]:
@@ -106,7 +105,6 @@ def measure(axis: str, sizes: Sequence[int], at: Callable[[int], Figures]) -> It
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axes", default=",".join(SIZES), help="which sizes grow")
-    parser.add_argument("--most", type=int, help="leave out the sizes above the n-th of each")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/RESULTS.md")
     args = parser.parse_args(argv)
@@ -120,13 +118,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = pathlib.Path(temporary)
         peers.make_model(SHAPE, "float32", folder / "model")
         peers.make_adapter(SHAPE, folder / "model", folder / "adapter")
-        ways: dict[str, Callable[[str, int], Figures]] = {
-            "titles": lambda _, size: search(size, args.repeats),
-            "interactions": lambda _, size: preparation(size),
-        }
+
+        def at(axis: str, size: int) -> Figures:
+            if axis == "titles":
+                return search(size, args.repeats)
+            if axis == "interactions":
+                return preparation(size)
+            return update(folder, **(BASE | {axis: size}), repeats=args.repeats)
+
         for axis in axes:
-            way = ways.get(axis, lambda axis, size: update(folder, **(BASE | {axis: size}), repeats=args.repeats))
-            for row in measure(axis, SIZES[axis][: args.most], lambda size, axis=axis, way=way: way(axis, size)):
+            for row in measure(axis, SIZES[axis], functools.partial(at, axis)):
                 rows.append(row)
                 print(json.dumps(row), flush=True)
     if args.record:

@@ -208,20 +208,16 @@ def measure(decoder: DecoderConfig, B: int, P: int, R: int, T: int, repeats: int
     clock = {name: np.array(values).T for name, values in taken.items()}  # [2, repeats]
     for kind, figure in enumerate(("time", "processor time")):
         for name in steps:
-            yield {"figure": f"step {figure}", "variant": name, "unit": "s", **spread(clock[name][kind])}
+            yield {"figure": f"step {figure}", "variant": name, "unit": "s", **record.spread(clock[name][kind])}
         for name in BASELINES:
             ratios = clock[name][kind] / clock["shared"][kind]
-            yield {"figure": figure, "against": name, "unit": "x", **spread(ratios)}
+            yield {"figure": figure, "against": name, "unit": "x", **record.spread(ratios)}
     for name in steps:
         megabytes = steps[name].temporary_bytes / 2**20
         yield {"figure": "temporary memory", "variant": name, "unit": "MiB", "value": megabytes}
     for name in BASELINES:
         ratio = steps[name].temporary_bytes / steps["shared"].temporary_bytes
         yield {"figure": "memory", "against": name, "unit": "x", "value": ratio}
-
-
-def spread(values: np.ndarray) -> dict[str, float]:
-    return {"value": float(np.median(values)), "low": float(values.min()), "high": float(values.max())}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+SETTLE = 0.5  # seconds
+
+
+def settle() -> None:
+    """Waits between turns: thread pools spin for a while after their work, and would take the next one's cores."""
+    time.sleep(SETTLE)
+
 
 class Worker:
     """Starts `command`; `ask(...)` sends it one request and waits for the answer."""

@@ -271,7 +271,7 @@ class Decoder(nnx.Module):
 
         def layer(x, inputs):
             block, kind, window, number, cache = inputs
-            turn_BxSxF = tuple(x[kind] if len(x) > 1 else x[0] for x in turns_NxBxSxF)
+            turn_BxSxF = tuple(x[kind] for x in turns_NxBxSxF)
             drop_BxS = None if drop_B is None else _keys(drop_B, number, position_BxS)
             return nnx.merge(graph, block)(x, turn_BxSxF, functools.partial(attend, window, cache), drop_BxS)
 

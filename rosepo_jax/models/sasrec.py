@@ -119,9 +119,9 @@ class SASRec(nnx.Module):
         item_BxNxD = jnp.where(real_BxNx1, self.item[...][jnp.maximum(history_BxN, 0)], 0)
         x_BxNxD = item_BxNxD * width**0.5 + self.position[None, :length]
         x = _drop(x_BxNxD.reshape(-1, width), self.dropout, first)
-        for name, key in zip(self.blocks, keys):
+        for name, block_key in zip(self.blocks, keys):
             # What the last block makes of other positions nobody reads.
-            x = getattr(self, name)(x, length, place_BxM if name == self.blocks[-1] else None, key)
+            x = getattr(self, name)(x, length, place_BxM if name == self.blocks[-1] else None, block_key)
         return self.norm(x).reshape(B, -1, width)
 
 
