@@ -29,47 +29,41 @@ def response_logps(
     Dropout:   of the adapters' inputs, where `drop_B` gives each prompt a key
     """
     fed_BxQ = all_fed(response_BxRxT) if fed_BxQ is None else fed_BxQ
+    first_BxD, later_BxQxD = lm.states(params, prompt_BxP, prompt_mask_BxP, response_BxRxT, fed_BxQ, drop_B)
+    # The first tokens of all responses of a prompt are read from one row of logits.
+    first_BxR = _token_logps(lm.logits(params, first_BxD), response_BxRxT[:, :, 0])
+    first_BxR = jnp.where(response_mask_BxRxT[:, :, 0], first_BxR, 0.0)
+
     R, T = response_BxRxT.shape[1:]
     which_BxQ = fed_BxQ // max(T - 1, 1)
     label_BxQ = take_fed(response_BxRxT[:, :, 1:], fed_BxQ)
     is_real_BxQ = take_fed(response_mask_BxRxT[:, :, 1:], fed_BxQ) & (which_BxQ < R)
-    first_BxD, later_BxQxD = lm.states(params, prompt_BxP, prompt_mask_BxP, response_BxRxT, fed_BxQ, drop_B)
-    first_BxR, later_BxQ = token_logps(lm, params, first_BxD, response_BxRxT[:, :, 0], later_BxQxD, label_BxQ)
-    first_BxR = jnp.where(response_mask_BxRxT[:, :, 0], first_BxR, 0.0)
-    later_BxQ = jnp.where(is_real_BxQ, later_BxQ, 0.0)
+    later_BxQ = jnp.where(is_real_BxQ, later_logps(lm, params, later_BxQxD, label_BxQ), 0.0)
     of_response_BxQxR = which_BxQ[:, :, None] == jnp.arange(R)[None, None]
     return first_BxR + jnp.where(of_response_BxQxR, later_BxQ[:, :, None], 0.0).sum(axis=1)
 
 
-def token_logps(
-    lm: LanguageModel, params: Params, first_BxD, label_BxR, later_BxQxD, label_BxQ
-) -> tuple[jax.Array, jax.Array]:
-    """log softmax(logits)[label] of the R first tokens, read from one row of logits, and of Q later ones.
+def later_logps(lm: LanguageModel, params: Params, later_BxQxD: jax.Array, label_BxQ: jax.Array) -> jax.Array:
+    """log softmax(logits)[label] at Q positions of each row, `lm.logits_chunk` of them at a time.
 
-    `lm.logits_chunk` later positions of a row at a time: the backward pass then computes their logits again, so that
-    [B, chunk, V] is all there ever is of them.
+    In chunks the backward pass computes the logits again, so that [B, chunk, V] is all there ever is of them.
     """
+
+    def logps(later_BxQxD, label_BxQ):
+        return _token_logps(lm.logits(params, later_BxQxD), label_BxQ[..., None])[..., 0]
+
     (B, Q), chunk = label_BxQ.shape, lm.logits_chunk
     if not 0 < chunk < Q:
-        # One product, so that the vocabulary's weights are read once.
-        logits_BxSxV = lm.logits(params, jnp.concatenate([first_BxD[:, None], later_BxQxD], axis=1))
-        norm_BxS = jax.nn.logsumexp(logits_BxSxV, axis=-1)
-        first_BxR = jnp.take_along_axis(logits_BxSxV[:, 0], label_BxR, axis=-1)
-        later_BxQ = jnp.take_along_axis(logits_BxSxV[:, 1:], label_BxQ[..., None], axis=-1)[..., 0]
-        return first_BxR - norm_BxS[:, :1], later_BxQ - norm_BxS[:, 1:]
+        return logps(later_BxQxD, label_BxQ)
     chunks = -(-Q // chunk)
 
     def split(x):
         x = jnp.pad(x, ((0, 0), (0, chunks * chunk - Q), *((0, 0),) * (x.ndim - 2)))
         return jnp.moveaxis(x.reshape(B, chunks, chunk, *x.shape[2:]), 1, 0)
 
-    def logps(hidden, label):
-        logits = lm.logits(params, hidden)
-        return jnp.take_along_axis(logits, label, axis=-1) - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-
     one = jax.checkpoint(lambda _, inputs: (None, logps(*inputs)), prevent_cse=False)
-    _, later_CxBxQx1 = jax.lax.scan(one, None, (split(later_BxQxD), split(label_BxQ[..., None])))
-    return logps(first_BxD, label_BxR), jnp.moveaxis(later_CxBxQx1, 0, 1).reshape(B, -1)[:, :Q]
+    _, later_CxBxQ = jax.lax.scan(one, None, (split(later_BxQxD), split(label_BxQ)))
+    return jnp.moveaxis(later_CxBxQ, 0, 1).reshape(B, -1)[:, :Q]
 
 
 def batch_logps(lm: LanguageModel, params: Params, batch: Mapping[str, Any], drop_B: jax.Array | None = None):
@@ -80,3 +74,9 @@ def batch_logps(lm: LanguageModel, params: Params, batch: Mapping[str, Any], dro
         logps.append(response_logps(lm, params, **part, drop_B=None if drop_B is None else drop_B[start:stop]))
         start = stop
     return jnp.concatenate(logps)
+
+
+def _token_logps(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """log softmax(logits)[token] of M tokens: logits [..., V], tokens [..., M]; float32."""
+    chosen = jnp.take_along_axis(logits, tokens, axis=-1)
+    return chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
