@@ -69,22 +69,27 @@ def beam_search(
         pruned_B=jnp.full(batch, -jnp.inf),
     )
     search, _ = advance(trie.branching[0], root, logits_BxV[:, None])
-    suffix = lm.empty_suffix(batch, width, len(trie.branching))
+    longest = len(trie.branching)
+    suffix = lm.empty_suffix(batch, width, longest)
+    own_BxWxT = jnp.broadcast_to(jnp.arange(width)[None, :, None], (batch, width, longest))
 
     def can_improve(state):
-        _, search, _ = state
+        _, search, _, _ = state
         best_B = search.score_BxW[:, 0]
         return jnp.any((best_B > -jnp.inf) & (best_B >= search.scores_Bxk[:, -1]))
 
     def step(state):
-        depth, search, suffix = state
+        depth, search, line_BxWxT, suffix = state
         token_BxW = trie.token_M[search.node_BxW]
-        logits_BxWxV, suffix = lm.extend(params, prompt_cache, suffix, token_BxW, depth)
+        logits_BxWxV, suffix = lm.extend(params, prompt_cache, suffix, token_BxW, depth, line_BxWxT)
         ways = [functools.partial(advance, branching) for branching in widths]
         search, parent_BxW = jax.lax.switch(jnp.array(level_T)[depth], ways, search, logits_BxWxV)
-        return depth + 1, search, jax.tree.map(functools.partial(_take_beams, parent_BxW), suffix)
+        # A beam's tokens so far were fed where its parent's were; the next ones are fed at its own place.
+        parent_BxWxT = jnp.take_along_axis(line_BxWxT, parent_BxW[..., None], axis=1)
+        line_BxWxT = jnp.where(jnp.arange(longest)[None, None] <= depth, parent_BxWxT, own_BxWxT)
+        return depth + 1, search, line_BxWxT, suffix
 
-    _, search, _ = jax.lax.while_loop(can_improve, step, (jnp.int32(0), search, suffix))
+    _, search, _, _ = jax.lax.while_loop(can_improve, step, (jnp.int32(0), search, own_BxWxT, suffix))
     exact_B = (search.pruned_B == -jnp.inf) | (search.pruned_B < search.scores_Bxk[:, -1])
     return Result(search.items_Bxk, search.scores_Bxk, exact_B)
 
@@ -164,8 +169,3 @@ def _all_excluded(excluded_BxX: jax.Array, first: jax.Array, last: jax.Array) ->
     rank = excluded_BxX.reshape(len(excluded_BxX), *(1,) * (first.ndim - 1), -1)
     within = (rank >= first[..., None]) & (rank < last[..., None])
     return jnp.sum(within, axis=-1) == last - first
-
-
-def _take_beams(parent_BxW: jax.Array, leaf: jax.Array) -> jax.Array:
-    """Reorders a suffix cache leaf [L, B, W, T, ...] along its beams."""
-    return jnp.take_along_axis(leaf, parent_BxW.reshape(1, *parent_BxW.shape, *(1,) * (leaf.ndim - 3)), axis=2)

@@ -124,33 +124,41 @@ def responses(
 
 def beams(
     query_BxWxHxE: jax.Array,
-    prompt_key_BxPxKxE: jax.Array,
-    prompt_value_BxPxKxE: jax.Array,
+    prompt_key_BxKxPxE: jax.Array,
+    prompt_value_BxKxPxE: jax.Array,
     prompt_mask_BxP: jax.Array,
-    key_BxWxTxKxE: jax.Array,
-    value_BxWxTxKxE: jax.Array,
+    key_BxKxUxE: jax.Array,
+    value_BxKxUxE: jax.Array,
+    line_BxWxT: jax.Array,
     depth: jax.Array,
     *,
     scale: float,
     cap: float = 0.0,
     window: jax.Array | int | None = None,
 ) -> jax.Array:
-    """One decoding step: token number `depth` of W partial responses attends to their prompt and to their own caches.
+    """One decoding step: token number `depth` of W partial responses attends to their prompt and to their own tokens.
 
-    The caches hold keys and values of up to T tokens, those of this one included.
+    Entry t W + w of the U = T W keys was fed at place w in step t; `line_BxWxT` names each response's own entries, this
+    step's included. Most scores are masked, but products of all with all cost less than gathering the own ones.
     """
     B, W, H, E = query_BxWxHxE.shape
-    T, K = key_BxWxTxKxE.shape[2:4]
-    grouped = query_BxWxHxE.reshape(B, W, K, H // K, E)
-    to_prompt = jnp.einsum("bwkge,bpke->bkgwp", grouped, prompt_key_BxPxKxE, preferred_element_type=jnp.float32)
-    to_self = jnp.einsum("bwkge,bwtke->bkgwt", grouped, key_BxWxTxKxE, preferred_element_type=jnp.float32)
-    visible_BxWxP = _prompt_visible(prompt_mask_BxP, jnp.broadcast_to(depth, (B, 1)), window)
-    visible_T = _within(depth - jnp.arange(T), window)
-    to_prompt = jnp.where(visible_BxWxP[:, None, None], _bounded(to_prompt, scale, cap), _MASKED)
-    to_self = jnp.where(visible_T[None, None, None, None], _bounded(to_self, scale, cap), _MASKED)
-    from_prompt, from_self = _softmax(to_prompt, to_self, value_BxWxTxKxE.dtype)
-    mixed = jnp.einsum("bkgwp,bpke->bwkge", from_prompt, prompt_value_BxPxKxE)
-    return (mixed + jnp.einsum("bkgwt,bwtke->bwkge", from_self, value_BxWxTxKxE)).reshape(B, W, H, E)
+    K, T = prompt_key_BxKxPxE.shape[1], line_BxWxT.shape[2]
+    query = query_BxWxHxE.reshape(B, W, K, H // K, E).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, E)
+
+    def scores(key_BxKxUxE: jax.Array, visible_BxWxU: jax.Array) -> jax.Array:
+        found = jnp.einsum("bkqe,bkue->bkqu", query, key_BxKxUxE, preferred_element_type=jnp.float32)
+        found = _bounded(found, scale, cap).reshape(B, K, H // K, W, -1)
+        return jnp.where(visible_BxWxU[:, None, None], found, _MASKED).reshape(B, K, H // K * W, -1)
+
+    is_own_BxWxTxW = line_BxWxT[..., None] == jnp.arange(W)[None, None, None]
+    is_own_BxWxTxW &= _within(depth - jnp.arange(T), window)[None, None, :, None]
+    to_self = scores(key_BxKxUxE, is_own_BxWxTxW.reshape(B, W, T * W))
+    prompt_visible = _prompt_visible(prompt_mask_BxP, jnp.broadcast_to(depth, (B, 1)), window)
+    to_prompt = scores(prompt_key_BxKxPxE, prompt_visible)
+    from_prompt, from_self = _softmax(to_prompt, to_self, value_BxKxUxE.dtype)
+    mixed = jnp.einsum("bkqp,bkpe->bkqe", from_prompt, prompt_value_BxKxPxE)
+    mixed += jnp.einsum("bkqu,bkue->bkqe", from_self, value_BxKxUxE)
+    return mixed.reshape(B, K, H // K, W, E).transpose(0, 3, 1, 2, 4).reshape(B, W, H, E)
 
 
 def _prompt_visible(prompt_mask_BxP: jax.Array, step_BxQ: jax.Array, window: jax.Array | int | None) -> jax.Array:

@@ -12,6 +12,7 @@ float rounding and costs P + R T tokens instead of R (P + T).
 import dataclasses
 import functools
 import math
+import operator
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -255,9 +256,10 @@ class Decoder(nnx.Module):
         drop_B=None,
         unrolled=False,
     ) -> tuple[jax.Array, Any]:
-        """Runs all blocks; `attend(window, cache, query, key, value)` gets each layer's window and slice of `caches`.
+        """Runs all blocks; `attend(window, cache, query, key, value)` gets each layer's window and part of `caches`.
 
-        `drop_B`, a key per row, switches the adapters' dropout on. `unrolled` writes the layers out instead of a loop.
+        `drop_B`, a key per row, switches the adapters' dropout on. `unrolled` writes the layers out instead of a loop;
+        what layers get and keep is then a tuple with an entry per layer, otherwise stacked on axis 0.
         """
         c = self.config
         graph, stacked = nnx.split(self.blocks)
@@ -278,8 +280,15 @@ class Decoder(nnx.Module):
         if remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
             unrolled = False  # the loop is what keeps the second forward pass apart from the first
-        inputs = (stacked, kind_L, window_L, jnp.arange(c.layers), caches)
-        return jax.lax.scan(layer, x_BxSxD, inputs, unroll=c.layers if unrolled else 1)
+        inputs = (stacked, kind_L, window_L, jnp.arange(c.layers))
+        if not unrolled:
+            return jax.lax.scan(layer, x_BxSxD, (*inputs, caches))
+        kept = []
+        for number in range(c.layers):
+            here = jax.tree.map(operator.itemgetter(number), inputs)
+            x_BxSxD, kept_here = layer(x_BxSxD, (*here, caches and caches[number]))
+            kept.append(kept_here)
+        return x_BxSxD, tuple(kept)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Vocabulary logits in float32 for already normed hidden states."""
@@ -427,51 +436,58 @@ class LanguageModel:
         return self._module(params).logits(hidden)
 
     def prefill(self, params: Params, prompt_BxP, prompt_mask_BxP) -> tuple[jax.Array, Any]:
-        """Logits [B, V] of the first response token, and the prompt's cache (keys and values [L, B, P, K, E], mask)."""
+        """Logits [B, V] of the first response token, and the prompt's cache: each layer's keys and values [B, K, P, E],
+        and the mask."""
         module = self._module(params)
         B, P = prompt_BxP.shape
 
         def attend(window, _, query, key, value):
-            return self._causal(query, key, value, window), (key, value)
+            return self._causal(query, key, value, window), (jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
 
         position_BxP = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
         x, keys_values = module.layers(self._embed(module, prompt_BxP), position_BxP, attend, unrolled=self.unrolled)
         last = jnp.take_along_axis(x, (prompt_mask_BxP.sum(axis=1) - 1)[:, None, None], axis=1)[:, 0]
         return module.logits(module.norm(last)), (keys_values, prompt_mask_BxP)
 
-    def empty_suffix(self, B: int, W: int, T: int) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of W partial responses of up to T tokens: leaves [L, B, W, T, K, E]."""
+    def empty_suffix(self, B: int, W: int, T: int) -> Any:
+        """Room for what W partial responses feed in T steps: each layer's keys and values [B, K, T * W, E]."""
         c = self.config
-        empty = jnp.zeros((c.layers, B, W, T, c.kv_heads, c.head_dim), self.dtype)
-        return empty, empty
+        shape = (B, c.kv_heads, T * W, c.head_dim)
+        if self.unrolled:
+            return tuple((jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in range(c.layers))
+        return jnp.zeros((c.layers, *shape), self.dtype), jnp.zeros((c.layers, *shape), self.dtype)
 
-    def extend(self, params: Params, prompt_cache, suffix_cache, token_BxW, depth) -> tuple[jax.Array, Any]:
-        """Feeds token number `depth` (from 0) of W partial responses; logits [B, W, V] of the next, and the cache."""
+    def extend(
+        self, params: Params, prompt_cache, suffix_cache, token_BxW, depth, line_BxWxT: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        """Feeds token number `depth` (from 0) of W partial responses; logits [B, W, V] of the next, and the cache.
+
+        `line_BxWxT[b, w, t]` is the place, of W, at which token number t of response w was fed. What was fed once stays
+        where it is, for all responses that begin with it. None: always at the response's own place.
+        """
         module = self._module(params)
         keys_values, prompt_mask_BxP = prompt_cache
         B, W = token_BxW.shape
+        T = jax.tree.leaves(suffix_cache)[0].shape[-2] // W
+        if line_BxWxT is None:
+            line_BxWxT = jnp.broadcast_to(jnp.arange(W)[None, :, None], (B, W, T))
         position = jnp.broadcast_to((prompt_mask_BxP.sum(axis=1) + depth)[:, None], (B, W))
 
-        def attend(window, cache, query, key, value):
-            (prompt_key, prompt_value), (own_key, own_value) = cache
-            own_key = jax.lax.dynamic_update_slice_in_dim(own_key, key[:, :, None], depth, axis=2)
-            own_value = jax.lax.dynamic_update_slice_in_dim(own_value, value[:, :, None], depth, axis=2)
-            mixed = attention.beams(
-                query,
-                prompt_key,
-                prompt_value,
-                prompt_mask_BxP,
-                own_key,
-                own_value,
-                depth,
-                **self.config.scores,
-                window=window,
-            )
-            return mixed, (own_key, own_value)
+        def write(cache, new):
+            return jax.lax.dynamic_update_slice_in_dim(cache, new, depth * W, axis=cache.ndim - 2)
 
-        x = self._embed(module, token_BxW)
-        x, suffix_cache = module.layers(x, position, attend, (keys_values, suffix_cache), unrolled=self.unrolled)
-        return module.logits(module.norm(x)), suffix_cache
+        def attend(window, caches, query, key, value):
+            prompt, own = caches
+            new = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+            own = jax.tree.map(write, own, new)
+            mixed = attention.beams(
+                query, *prompt, prompt_mask_BxP, *own, line_BxWxT, depth, **self.config.scores, window=window
+            )
+            return mixed, new
+
+        caches = tuple(zip(keys_values, suffix_cache)) if self.unrolled else (keys_values, suffix_cache)
+        x, new = module.layers(self._embed(module, token_BxW), position, attend, caches, unrolled=self.unrolled)
+        return module.logits(module.norm(x)), jax.tree.map(write, suffix_cache, new)
 
     def prompt_states(self, params: Params, tokens_BxP, mask_BxP) -> jax.Array:
         """Mean of the normed last-layer states over real tokens [B, D]: a text's vector by the model itself."""

@@ -1,4 +1,4 @@
-"""A language model small enough to check by hand: its suffix cache holds the tokens fed so far, and nothing else."""
+"""A language model small enough to check by hand: its suffix cache holds what was fed at each place in each step."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ VOCABULARY, DEPTH, NODES = 6, 5, 256  # of random catalogues: tokens, the longes
 class ToyModel:
     """logits = sharpness * tanh(prompt vector + sum over tokens t of weight_t * embedding[token_t]) @ head.
 
-    The token weights differ by place, so a cache gathered from the wrong beam or written at the wrong depth shows.
+    The token weights differ by step, so a token taken from the wrong beam or written at the wrong depth shows.
     """
 
     sharpness: float = 3.0
@@ -38,14 +38,15 @@ class ToyModel:
         return self._logits(params, prompt_BxD), prompt_BxD
 
     def empty_suffix(self, B, W, T):
-        return {"tokens": jnp.full((1, B, W, T), EOS, jnp.int32), "vectors": jnp.zeros((2, B, W, T, 3))}
+        return jnp.full((B, W, T), EOS, jnp.int32)
 
-    def extend(self, params, prompt_BxD, suffix, token_BxW, depth):
-        tokens = suffix["tokens"].at[0, :, :, depth].set(token_BxW)
-        place_T = jnp.arange(tokens.shape[-1])
-        weight_T = jnp.where(place_T <= depth, jnp.sin(1.0 + place_T), 0.0)
-        state = prompt_BxD[:, None] + (params["embedding"][tokens[0]] * weight_T[None, None, :, None]).sum(axis=2)
-        return self._logits(params, state), {"tokens": tokens, "vectors": suffix["vectors"]}
+    def extend(self, params, prompt_BxD, fed_BxWxT, token_BxW, depth, line_BxWxT=None):
+        fed_BxWxT = fed_BxWxT.at[:, :, depth].set(token_BxW)
+        own_BxWxT = fed_BxWxT if line_BxWxT is None else jnp.take_along_axis(fed_BxWxT, line_BxWxT, axis=1)
+        step_T = jnp.arange(own_BxWxT.shape[-1])
+        weight_T = jnp.where(step_T <= depth, jnp.sin(1.0 + step_T), 0.0)
+        state = prompt_BxD[:, None] + (params["embedding"][own_BxWxT] * weight_T[None, None, :, None]).sum(axis=2)
+        return self._logits(params, state), fed_BxWxT
 
     def _logits(self, params, state):
         return self.sharpness * jnp.tanh(state) @ params["head"]

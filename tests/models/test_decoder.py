@@ -302,9 +302,10 @@ def test_one_response_token_each():
 
 @pytest.mark.parametrize("name", ["llama3_rope", "all_kv_heads_untied", "window", "sandwich", "two_rope_bases"])
 def test_prefill_and_extend_equal_the_scoring_forward(name):
-    """Decoding token by token gives the logits of `hidden`, whatever lies in the cache behind the current depth."""
+    """Decoding token by token gives the logits of `hidden`, whatever lies in the cache behind the current depth, and
+    wherever a response's earlier tokens were fed."""
     config = VARIANTS[name]
-    lm, params = LanguageModel(config), random_params(config)
+    lm, params = LanguageModel(config, unrolled=name == "sandwich"), random_params(config)
     prompts, responses = ragged(response_lengths=((5, 5, 5), (5, 5, 5)))
     prompt, mask, response, _ = padded(prompts, responses, extra_prompt=2)
     B, W, T = response.shape
@@ -312,10 +313,19 @@ def test_prefill_and_extend_equal_the_scoring_forward(name):
     first, cache = jax.jit(lm.prefill)(params, prompt, mask)
     np.testing.assert_allclose(first, expected[:, 0, 0], rtol=1e-4, atol=1e-4)
     suffix = jax.tree.map(lambda x: x + 7.0, lm.empty_suffix(B, W, T))
-    assert all(leaf.shape[:4] == (config.layers, B, W, T) for leaf in jax.tree.leaves(suffix))
     extend = jax.jit(lm.extend)
+    # Response w is fed at place line[b, w, depth], another one in every step.
+    line = np.random.default_rng(3).permuted(np.broadcast_to(np.arange(W)[None, :, None], (B, W, T)), axis=1)
+    shuffled = suffix
     for depth in range(T - 1):
         logits, suffix = extend(params, cache, suffix, response[:, :, depth], depth)
+        np.testing.assert_allclose(logits, expected[:, :, depth + 1], rtol=1e-4, atol=1e-4)
+        place = line[:, :, depth]
+        # Whoever is fed at place p is the response w with line[b, w, depth] == p.
+        who = np.argsort(place, axis=1)
+        tokens, lines = np.take_along_axis(response[:, :, depth], who, 1), np.take_along_axis(line, who[..., None], 1)
+        logits, shuffled = extend(params, cache, shuffled, tokens, depth, lines)
+        logits = np.take_along_axis(np.asarray(logits), place[..., None], 1)
         np.testing.assert_allclose(logits, expected[:, :, depth + 1], rtol=1e-4, atol=1e-4)
 
 
