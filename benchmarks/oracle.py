@@ -1,6 +1,6 @@
 """An epoch of the preference oracle (SASRec) beside RecBole's, on the same rows, and what either has learnt.
 
-python benchmarks/oracle.py --recbole-python=PATH [--users=4000] [--titles=2000] [--epochs=10] [--record]
+python benchmarks/oracle.py --recbole-python=PATH [--users=4000] [--titles=2000] [--epochs=15] [--record]
 
 Rows come from the embedded world: windows of N items and the item that follows, a row for every step, which are
 RecBole's augmented rows too. Width, layers, heads, dropout, batch, learning rate, Adam's constants and the loss, a
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--users", type=int, default=4000)
     parser.add_argument("--titles", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--alone", action="store_true", help="without RecBole")
     parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/RESULTS.md")
     args = parser.parse_args(argv)

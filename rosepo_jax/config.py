@@ -79,7 +79,7 @@ def default() -> ConfigDict:
     o.width = 64
     o.layers = 2
     o.heads = 2
-    o.dropout = 0.2
+    o.dropout = 0.2  # to 1/256
     o.loss = "ce"  # ce (softmax over the whole catalogue) | bce (one sampled negative)
     o.positions = "all"  # all | last: which positions of a window are trained
     o.batch_size = 256

@@ -477,11 +477,20 @@ class LanguageModel:
             return jax.lax.dynamic_update_slice_in_dim(cache, new, depth * W, axis=cache.ndim - 2)
 
         def attend(window, caches, query, key, value):
-            prompt, own = caches
+            (prompt_key, prompt_value), own = caches
             new = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
-            own = jax.tree.map(write, own, new)
+            own_key, own_value = jax.tree.map(write, own, new)
             mixed = attention.beams(
-                query, *prompt, prompt_mask_BxP, *own, line_BxWxT, depth, **self.config.scores, window=window
+                query,
+                prompt_key,
+                prompt_value,
+                prompt_mask_BxP,
+                own_key,
+                own_value,
+                line_BxWxT,
+                depth,
+                **self.config.scores,
+                window=window,
             )
             return mixed, new
 
