@@ -1,6 +1,6 @@
 """An epoch of the preference oracle (SASRec) beside RecBole's, on the same rows, and what either has learnt.
 
-python benchmarks/oracle.py --recbole-python=PATH [--users=4000] [--titles=2000] [--epochs=15] [--record]
+python benchmarks/oracle.py [--users=4000] [--titles=2000] [--epochs=15] [--recbole-python=PATH] [--record]
 
 Rows come from the embedded world: windows of N items and the item that follows, a row for every step, which are
 RecBole's augmented rows too. Width, layers, heads, dropout, batch, learning rate, Adam's constants and the loss, a
@@ -9,7 +9,7 @@ softmax over the catalogue, are the same; RecBole puts its norms behind the bloc
     last  the loss is that of the last position of a row, as RecBole's
     all   of every position of a row, as oracle.positions is by default
 
-RecBole needs numpy 1: `bash launch/peer_env.sh recbole` makes an environment and prints its python, which runs in a
+RecBole needs numpy 1: `bash launch/peer_env.sh recbole` makes an environment, .venv-recbole, whose python runs in a
 process of its own; epochs take turns. One JSON line per figure: seconds of an epoch (without the first, in which ours
 is compiled), ratios within a turn; HR@10 and NDCG@10 of the target among the whole catalogue, on the same test rows, by
 the parameters of the best validation NDCG@10, with the paired difference and its 95 % interval; seconds of training
@@ -31,7 +31,7 @@ import optax
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import record
-from worker import Clock, Worker, settle
+from worker import Clock, Worker, peer, settle
 
 from rosepo_jax import config as defaults
 from rosepo_jax.__main__ import keep_freed_memory
@@ -162,7 +162,9 @@ def interval(values: np.ndarray) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recbole-python", help="python of an environment with RecBole")
+    parser.add_argument(
+        "--recbole-python", default=peer("recbole"), help="of an environment with RecBole; default .venv-recbole's"
+    )
     parser.add_argument("--users", type=int, default=4000)
     parser.add_argument("--titles", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=256)
@@ -171,27 +173,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/RESULTS.md")
     args = parser.parse_args(argv)
     if not args.alone and not args.recbole_python:
-        parser.error("--recbole-python is missing; `bash launch/peer_env.sh recbole` prints it, or add --alone")
+        parser.error("there is no RecBole here: run `bash launch/peer_env.sh recbole`, or add --alone")
     keep_freed_memory()  # as the command line does
     data, rows = make_data(args.users, args.titles), []
     sizes = {split: len(found) for split, found in data.rows.items()}
     print(json.dumps({"figure": "rows", "unit": f"{len(data.catalogue)} items", "value": sizes["train"], **sizes}))
     with tempfile.TemporaryDirectory() as temporary:
         systems: dict[str, Any] = {positions: Ours(data, positions, args.batch) for positions in ("last", "all")}
-        worker = None
+        theirs = None
         if not args.alone:
             settings = write_recbole(data, pathlib.Path(temporary), args.batch)
-            worker = Worker([args.recbole_python, "-W", "ignore", str(SCRIPT), str(settings)])
-            systems = {"recbole": RecBole(worker), **systems}
+            theirs = Worker([args.recbole_python, "-W", "ignore", str(SCRIPT), str(settings)])
+            systems = {"recbole": RecBole(theirs), **systems}
         for row in measure(systems, args.epochs):
             rows.append(row)
             print(json.dumps(row), flush=True)
-        if worker is not None:
-            worker.close()
+        if theirs is not None:
+            theirs.close()
     if args.record:
         given = sys.argv[1:] if argv is None else argv
         words = [word for word in given if not word.startswith("--recbole-python")]
-        record.append(" ".join(["python benchmarks/oracle.py --recbole-python=PATH", *words]), rows)
+        record.append(" ".join(["python benchmarks/oracle.py", *words]), rows)
     return 0 if all(row["value"] >= row.get("at least", row["value"]) for row in rows) else 1
 
 

@@ -1,8 +1,8 @@
 """One DPO update, ours beside TRL's and Tunix's: pairs a second, memory, and whether they compute the same.
 
-python benchmarks/peers.py [--K=1,3,15] [--repeats=3] [--tunix-python=PATH] [--record]     15 M parameters, a CPU
-python benchmarks/peers.py --gpu --shape=1b|8b [--record]                                  bfloat16, a GPU
-python benchmarks/peers.py --shape=tiny --dtype=bfloat16 --remat                           dry run of the latter
+python benchmarks/peers.py [--K=1,3,15] [--repeats=3] [--record]     15 M parameters, a CPU
+python benchmarks/peers.py --gpu --shape=1b|8b [--record]             bfloat16, a GPU
+python benchmarks/peers.py --shape=tiny --dtype=bfloat16 --remat      dry run of the latter
 
 All start from the same random llama in a Hugging Face directory with the same LoRA adapter, take the same pairs, and
 train by AdamW with a clipped gradient, in the same precision, with or without rematerialisation alike. With K rejected
@@ -12,7 +12,7 @@ each: allocators, threads and memory of one do not touch the other's.
 
     trl               DPOTrainer as it comes: vocabulary logits at every position
     trl, logits kept  with use_logits_to_keep: from the batch's first response token on
-    tunix             DPOTrainer, where an environment with it is named (bash launch/peer_env.sh tunix)
+    tunix             DPOTrainer, where `bash launch/peer_env.sh tunix` made an environment with it
 
 One JSON line per figure. Speed: medians over the updates after the first, and their range; ratios within a round.
 Memory: how far resident memory peaks above what it was before any weight was read (libraries, and our compiled program,
@@ -37,7 +37,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import record
-from worker import Worker, settle
+from worker import Worker, peer, settle
 
 from rosepo_jax import seeds
 from rosepo_jax.models import checkpoints_hf, families, peft
@@ -217,7 +217,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--P", type=int, help="prompt tokens")
     parser.add_argument("--T", type=int, help="response tokens")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tunix-python", default="", help="python of an environment with Tunix")
+    parser.add_argument(
+        "--tunix-python", default=peer("tunix"), help="of an environment with Tunix; default .venv-tunix's"
+    )
     parser.add_argument("--alone", action="store_true", help="without TRL (and torch)")
     parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/RESULTS.md")
     args = parser.parse_args(argv)
@@ -241,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         jax.config.update("jax_platforms", "cpu")
     config, rows = SHAPES[run.shape](), []
     if not args.tunix_python:
-        print(json.dumps({"figure": "tunix", "note": "left out: no --tunix-python"}))
+        print(json.dumps({"figure": "tunix", "note": "left out: run `bash launch/peer_env.sh tunix`"}))
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         make_model(config, run.dtype, folder / "model")

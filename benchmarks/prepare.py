@@ -1,7 +1,7 @@
 """Wall time and peak memory of `rosepo prepare`, start-up included.
 
-python benchmarks/prepare.py --path=DIR [--record]                  MovieTweetings-100K; at most 15 s
-python benchmarks/prepare.py --interactions=20000000 [--record]     a synthetic log; at most 90 s and 6 GB
+python benchmarks/prepare.py [--interactions=20000000] [--record]     a synthetic log; at most 90 s and 6 GB
+python benchmarks/prepare.py --path=DIR [--record]                    MovieTweetings-100K; at most 15 s
 
 One JSON line a figure; exit status 1 when one is above what it may be at most, on two cores. The limits of the
 synthetic log are those of 20 million interactions. It is a Parquet table: Zipf popularity, 20 interactions a user on
@@ -76,13 +76,13 @@ def figures(data: str, found: Sequence[dict[str, float]], at_most: dict[str, flo
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--path", help="folder of MovieTweetings-100K")
-    source.add_argument("--interactions", type=int, help="size of a synthetic log instead")
+    source.add_argument("--interactions", type=int, default=SYNTHETIC, help="of a synthetic log; default 20 million")
     parser.add_argument("--repeats", type=int, help="default: 3; of more than two million interactions 1")
     parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/RESULTS.md")
     args = parser.parse_args(argv)
-    repeats = args.repeats or (3 if (args.interactions or 0) <= 2_000_000 else 1)
+    repeats = args.repeats or (3 if args.path or args.interactions <= 2_000_000 else 1)
     with tempfile.TemporaryDirectory() as folder:
         if args.path:
             data, overrides, at_most = "movietweetings-100k", [f"--config.data.path={args.path}"], AT_MOST

@@ -24,6 +24,12 @@ def settle() -> None:
     time.sleep(SETTLE)
 
 
+def peer(name: str) -> str:
+    """The python of an environment that `bash launch/peer_env.sh NAME` made in its usual place; "" if there is none."""
+    python = pathlib.Path(__file__).parents[1] / f".venv-{name}" / "bin" / "python"
+    return str(python) if python.exists() else ""
+
+
 class Worker:
     """Starts `command`; `ask(...)` sends it one request and waits for the answer."""
 
