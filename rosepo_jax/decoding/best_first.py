@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rosepo_jax.decoding.beam import Result, excluded_ranks, longer, merge
+from rosepo_jax.decoding.beam import Result, excluded_ranks, longer, merge, top_k
 from rosepo_jax.decoding.trie import Trie
 
 
@@ -128,7 +128,7 @@ def _push(search: _Search, node_BxWxC: jax.Array, score_BxWxC: jax.Array) -> _Se
     batch, room = search.node_BxF.shape
     node = jnp.concatenate([search.node_BxF, node_BxWxC.reshape(batch, -1)], axis=1)
     score = jnp.concatenate([search.score_BxF, score_BxWxC.reshape(batch, -1)], axis=1)
-    best, place = jax.lax.top_k(score, room + 1)
+    best, place = top_k(score, room + 1)
     return search._replace(
         node_BxF=jnp.take_along_axis(node, place[:, :room], axis=1),
         score_BxF=best[:, :room],

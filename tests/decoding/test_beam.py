@@ -20,6 +20,7 @@ from toy import (
     scored_by_decoder,
 )
 
+from rosepo_jax.decoding import beam
 from rosepo_jax.decoding.beam import beam_search
 from rosepo_jax.decoding.trie import compile_trie
 
@@ -166,3 +167,17 @@ def test_decoder_beams_equal_scoring_every_title():
     )
     certified = np.asarray(narrow.certified_B)
     np.testing.assert_array_equal(np.asarray(narrow.items_Bxk)[certified], order[certified])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 3, 21]), st.sampled_from([30, 1000, 4001]), st.booleans())
+def test_the_best_of_a_wide_row_are_those_of_sorting_it(seed, k, width, tied):
+    """Values and, where they are finite, places, the lower one first among equals."""
+    rng = np.random.default_rng(seed)
+    x_BxN = (rng.integers(0, 3, (2, width)) if tied else rng.normal(size=(2, width))).astype(np.float32)
+    x_BxN[:, rng.permutation(width)[: rng.integers(0, width)]] = -np.inf
+    best, place = map(np.asarray, jax.jit(beam.top_k, static_argnums=1)(x_BxN, k))
+    expected, where = map(np.asarray, jax.lax.top_k(x_BxN, k))
+    np.testing.assert_array_equal(best, expected)
+    np.testing.assert_array_equal(place[best > -np.inf], where[expected > -np.inf])
+    np.testing.assert_array_equal(np.take_along_axis(x_BxN, place, axis=1), best)
