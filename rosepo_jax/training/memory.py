@@ -180,6 +180,7 @@ def _kept(lm: LanguageModel, work: Work) -> int:
         inputs = {id(x) for x in jax.tree.leaves((trainable, base, batch))}
         return list({id(x): x for x in jax.tree.leaves(pull) if id(x) not in inputs}.values())
 
+    lm = dataclasses.replace(lm, unrolled=False)  # written out, what layers share would be counted once a layer
     base, trainable = parameters(lm)
     B, P, R, T = work
     shape = jax.ShapeDtypeStruct
