@@ -62,7 +62,7 @@ def batch(seed=0, parts=1):
     }
     encoded = layouts.Encoded(prompts, response_BxRxT, response_mask_BxRxT, rows)
     part = layouts.Part(B // parts, P, R * (T - 1))
-    return layouts.lay_out([(part._replace(Q=part.Q - 1), part) if parts == 2 else (part,)], encoded, pad_id=0)
+    return layouts.lay_out((part._replace(Q=part.Q - 1), part) if parts == 2 else (part,), encoded, pad_id=0)
 
 
 def task(lm, objective="rosepo", mode="oracle", source="in_step", **keys):
