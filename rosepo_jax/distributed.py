@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,11 +20,13 @@ from jax.experimental import multihost_utils
 
 from rosepo_jax.errors import Preempted, UserError
 
-WAIT = 1800.0  # seconds: the longest that processes wait for each other, or that nothing at all happens
+WAIT = 1800.0  # seconds: the longest that nothing at all happens, or that an answer takes
+STAGE = 24 * 3600.0  # seconds: the longest that processes wait for what one of them does alone
 LEAD = 64  # no process gets this many numbers ahead of another in `gather`
 
 _calls = itertools.count(1)  # of the main thread
 _turns = itertools.count(1)  # a count of its own: the turn in which all stop is named in advance
+_watched = 0.0
 _told, _deferred = False, False
 
 
@@ -85,15 +88,17 @@ def maximum(topic: str, number: int, values: Sequence[int]) -> list[int]:
 
 def agreed(values: Sequence[int]) -> list[int]:
     """`maximum` for the main thread, which asks the same in the same order in every process."""
+    alive()
     return maximum("agreed", next(_calls), values)
 
 
 def barrier(name: str) -> None:
-    """Waits until every process is here, `WAIT` seconds at most; in the main thread."""
+    """Waits until every process is here, `STAGE` seconds at most; in the main thread. Who waits is not silent: one that
+    hangs ends itself, one that died is noticed by JAX."""
     if jax.process_count() > 1:
-        alive()
-        _client().wait_at_barrier(f"rosepo/{name}/{next(_calls)}", int(WAIT * 1000))
-        alive()
+        faulthandler.cancel_dump_traceback_later()
+        _client().wait_at_barrier(f"rosepo/{name}/{next(_calls)}", int(STAGE * 1000))
+        _watch()
 
 
 def _client() -> Any:
@@ -104,10 +109,16 @@ def _client() -> Any:
 
 
 def alive() -> None:
-    """Says that something has happened. In a job of several processes, silence means that one of them is gone or hangs:
-    after `WAIT` seconds the stacks of all threads go to stderr, and the process ends with status 1."""
-    if jax.process_count() > 1:
-        faulthandler.dump_traceback_later(WAIT, exit=True)
+    """Says that something has happened. In a job of several processes silence means that one of them hangs: after
+    `WAIT` seconds the stacks of all threads go to stderr, and the process ends with status 1."""
+    if jax.process_count() > 1 and time.monotonic() > _watched + 1:  # a watch is a thread of its own
+        _watch()
+
+
+def _watch() -> None:
+    global _watched
+    _watched = time.monotonic()
+    faulthandler.dump_traceback_later(WAIT, exit=True)
 
 
 # ---- Preemption ------------------------------------------------------------------------------------------------------

@@ -101,7 +101,9 @@ def identity(out: str | os.PathLike) -> str | None:
 
 def _run(stage: Any, config: ConfigDict, workdir: str | os.PathLike, out: pathlib.Path, wanted: dict) -> None:
     begun = _read(out / BEGUN)
-    if begun is None and out.exists() and any(out.iterdir()):
+    others = begun is None and out.exists() and any(out.iterdir())
+    distributed.barrier(f"{stage.NAME} looked at")  # from here on the first process changes the folder
+    if others:
         raise UserError(f"{out}: holds files that rosepo did not make; choose another --workdir or remove that folder")
     if begun is not None and stage.RESUMABLE:
         _refuse_changes(out, begun, wanted)

@@ -194,6 +194,7 @@ def progress(work: Iterable[Any] | int, name: str, total: int | None = None) -> 
     items = range(work) if isinstance(work, int) else work
     if total is None and isinstance(items, Sized):
         total = len(items)
+    items = _alive(items)
     if not distributed.is_primary():
         yield from items
     elif sys.stderr.isatty():
@@ -202,6 +203,12 @@ def progress(work: Iterable[Any] | int, name: str, total: int | None = None) -> 
         yield from tqdm.tqdm(items, desc=name, total=total, leave=False, dynamic_ncols=True)
     else:
         yield from _plain_progress(items, name, total)
+
+
+def _alive(items: Iterable[Any]) -> Iterator[Any]:
+    for item in items:
+        distributed.alive()
+        yield item
 
 
 def _plain_progress(items: Iterable[Any], name: str, total: int | None) -> Iterator[Any]:

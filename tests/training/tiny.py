@@ -24,7 +24,7 @@ class Bag:
     def init(self, key):
         return {"embedding": jax.random.normal(key, (V, 16))}
 
-    logits_chunk = 0
+    logits_chunk, shares = 0, 1
 
     def states(self, params, prompt_BxP, prompt_mask_BxP, response_BxRxT, fed_BxQ, drop_B=None):
         prompt_BxPxD = jnp.where(prompt_mask_BxP[..., None], params["embedding"][prompt_BxP], 0.0)
