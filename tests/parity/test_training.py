@@ -11,7 +11,7 @@ from rosepo_jax.training import optimizer
 
 STEPS = 2
 RATE = {"sgd": 0.05, "adamw_torch": 1e-4}
-BETA, LOGP = 0.1, 64.0  # of DPO; no log-prob here is larger
+BETA, LOGP = 0.1, 15.0  # of DPO; where the rounding of log-probs below is that of numbers from 8 to 16
 MOVES = {"sgd": 5e-4, "adamw_torch": 9e-5}  # what every tensor moves by at least, so that no wrong gradient passes
 
 
