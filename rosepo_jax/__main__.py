@@ -33,10 +33,11 @@ import importlib
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from rosepo_jax.errors import UserError, nearest
+from rosepo_jax.errors import Preempted, UserError, nearest
 from rosepo_jax.stages import STAGES
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ TOOLS = ("recommend", "score", "export", "compile", "doctor")
 # Take the config of the folder that they are given.
 OF_A_RUN = ("recommend", "score", "export", "doctor", "predictions")
 DEMO = "configs/demo.py"
+PREEMPTED = 75  # exit status after SIGTERM: EX_TEMPFAIL, the same command goes on
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -61,9 +63,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if words else 2
-    verb = words[0]
     try:
-        return _dispatch(verb, words[1:])
+        status = _status(words[0], words[1:])
+    except Exception:
+        if not _is_joined():
+            raise
+        traceback.print_exc()
+        status = 1
+    if status not in (0, PREEMPTED) and _is_joined():
+        # At a usual exit the others would be waited for, and they wait for this process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _is_joined() -> bool:
+    """Whether this is one of several processes."""
+    distributed = sys.modules.get("rosepo_jax.distributed")
+    return distributed is not None and distributed.is_joined()
+
+
+def _status(verb: str, words: Sequence[str]) -> int:
+    """Runs a verb; the exit status."""
+    try:
+        return _dispatch(verb, words)
     except UserError as error:
         print(f"rosepo {verb}: {error}", file=sys.stderr)
         return 2
@@ -74,6 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"rosepo {verb}: the package {error.name} is missing; `rosepo doctor` says how to get it", file=sys.stderr
         )
         return 2
+    except Preempted as error:
+        print(f"rosepo {verb}: {error}; the same command goes on from there", file=sys.stderr)
+        return PREEMPTED
     except KeyboardInterrupt:
         print(f"rosepo {verb}: interrupted", file=sys.stderr)
         return 130
@@ -90,6 +117,9 @@ def _dispatch(verb: str, words: Sequence[str]) -> int:
     parser = _Parser(prog=f"rosepo {verb}", allow_abbrev=False, epilog="--config.KEY=VALUE overrides one config key.")
     parser.add_argument("--config", help=f"NAME.py[:ARG]; default: the config in the workdir, else {DEMO}")
     parser.add_argument("--workdir", type=pathlib.Path, help="default: runs/<name of the config>")
+    parser.add_argument(
+        "--distributed", action="store_true", help="one of several processes: JAX finds the others (launch/README.md)"
+    )
     name = file_of(verb, words)
     command = None if name in STAGES else importlib.import_module(f"rosepo_jax.stages.{name}")
     if command is not None:
@@ -100,9 +130,15 @@ def _dispatch(verb: str, words: Sequence[str]) -> int:
         raise UserError("a comparison takes the folders of runs alone: rosepo report RUN RUN ... [--output=DIR]")
     config = None if name in ("doctor", "compare") and not given else resolve(name, args, overrides)
     keep_freed_memory()
+    if name != "doctor":  # which says what is missing, jax too
+        from rosepo_jax import distributed  # imports jax, which --help and mistakes need not wait for
+
+        if args.distributed:
+            distributed.start()
+        distributed.heed_sigterm()
     if command is not None:
         return command.main(config, args) or 0
-    from rosepo_jax.stages import runtime  # imports jax, which --help and mistakes need not wait for
+    from rosepo_jax.stages import runtime
 
     runtime.execute(runtime.module(verb), config, args.workdir)
     return 0

@@ -1,4 +1,4 @@
-"""The one exception that users see."""
+"""The exceptions that users see."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,13 @@ class UserError(Exception):
 
     The message is one line: what is wrong, where (file, row, key), what to do. The command line prints it without a
     traceback and exits with status 2.
+    """
+
+
+class Preempted(BaseException):  # as KeyboardInterrupt: no handler of mistakes may swallow it
+    """The machine is about to be taken away; what can be saved has been, and the same command goes on from there.
+
+    The command line exits with status 75 (sysexits' EX_TEMPFAIL), by which launchers know that they should start again.
     """
 
 

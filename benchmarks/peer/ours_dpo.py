@@ -45,8 +45,9 @@ def make_batch(rows: list[dict], T: int) -> dict:
     encoded = layouts.Encoded(prompts, tokens.reshape(B, R, T), mask.reshape(B, R, T), known)
     prompt_B, fed_B = encoded.lengths
     limit = layouts.Part(B, int(prompt_B.max()), R * (T - 1))
-    chosen = layouts.choose(prompt_B[None], fed_B[None], unit=1, updates=UPDATES, limit=limit)
-    return layouts.lay_out(chosen, encoded, pad_id=0)
+    chosen = layouts.choose(prompt_B[None, None], fed_B[None, None], accumulate=1, updates=UPDATES, limit=limit)
+    number = layouts.first_fit(chosen, prompt_B[None], fed_B[None])
+    return layouts.lay_out(chosen[number], encoded, pad_id=0)
 
 
 class Ours:

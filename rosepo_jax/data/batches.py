@@ -4,18 +4,19 @@ grain reads ahead in threads; it decides nothing. The data position of a run is 
 """
 
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
-import jax
 import numpy as np
 
-from rosepo_jax import seeds
+from rosepo_jax import distributed, seeds
 from rosepo_jax.data import layouts
 from rosepo_jax.data.layouts import Encoded, Layout, Part
 
 SAMPLE = 128  # updates whose lengths choose the layouts
+_STREAMS = itertools.count()
 
 
 @functools.lru_cache(maxsize=4)
@@ -29,10 +30,10 @@ def order(seed: int, step: int, batch_size: int, rows: int) -> np.ndarray:
     return np.array([_permutation(seed, int(p) // rows, rows)[p % rows] for p in position])
 
 
-def mine(batch_size: int) -> slice:
-    """This host's part of a batch."""
-    host, hosts = jax.process_index(), jax.process_count()
-    return slice(host * batch_size // hosts, (host + 1) * batch_size // hosts)
+def shares_of(shares: Sequence[int], of: int, batch_size: int) -> np.ndarray:
+    """Places in a batch of the rows of some of its `of` equal shares, share by share."""
+    size = batch_size // of
+    return (size * np.array(shares)[:, None] + np.arange(size)[None]).reshape(-1)
 
 
 def stream(
@@ -41,32 +42,45 @@ def stream(
     *,
     seed: int,
     batch_size: int,
-    unit: int,
+    shares: Sequence[int],
+    of: int,
+    accumulate: int,
     prompt_length: int,
     pad_id: int,
     start: int,
     stop: int,
 ) -> Iterator[dict[str, Any]]:
-    """This host's part of batches start..stop-1 of a run of `stop` updates, as `layouts.lay_out` makes them.
+    """This host's `shares`, of `of`, of batches start..stop-1 of a run of `stop` updates, as `layouts.lay_out` makes
+    them.
 
-    `encode(row numbers)` tokenises rows. Every host tokenises the whole batch, so that all agree on its layout.
-    `row_B` and `update_B`, the number of the batch, stand beside it: they name every random draw of a row.
+    `encode(row numbers)` tokenises rows, this host's only; hosts tell each other the lengths of the first rows, and
+    which layout a batch needs. `row_B` and `update_B`, the number of the batch, stand beside it: they name every random
+    draw of a row.
     """
+    topic, mine_B = f"layouts {next(_STREAMS)}", shares_of(shares, of, batch_size)
+
+    def split(encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
+        prompt_B, fed_B = encoded.lengths
+        return prompt_B.reshape(len(shares), -1), fed_B.reshape(len(shares), -1)
 
     def plan() -> tuple[Layout, ...]:
-        sample = [encode(order(seed, step, batch_size, rows)) for step in range(min(stop, SAMPLE))]
-        lengths = (np.stack(x) for x in zip(*(encoded.lengths for encoded in sample)))
+        sample = [encode(order(seed, step, batch_size, rows)[mine_B]) for step in range(min(stop, SAMPLE))]
         _, R, T = sample[0].response_BxRxT.shape
-        return layouts.choose(*lengths, unit=unit, updates=stop, limit=Part(batch_size, prompt_length, R * (T - 1)))
+        prompt_SxGxB, fed_SxGxB = (np.zeros((len(sample), of, batch_size // of), int) for _ in range(2))
+        told = [list(shares), *(np.stack(x).tolist() for x in zip(*map(split, sample)))]
+        for these, prompts, feds in distributed.gather(topic, 0, told):
+            prompt_SxGxB[:, these], fed_SxGxB[:, these] = prompts, feds
+        limit = Part(batch_size // of, prompt_length, R * (T - 1))
+        return layouts.choose(prompt_SxGxB, fed_SxGxB, accumulate=accumulate, updates=stop, limit=limit)
 
     found = plan() if start < stop else ()
 
     def load(step: int) -> dict[str, Any]:
-        index_B = order(seed, step, batch_size, rows)
+        index_B = order(seed, step, batch_size, rows)[mine_B]
         encoded = encode(index_B)
-        named = {"row_B": index_B.astype(np.int32), "update_B": np.full(batch_size, step, np.int32)}
-        batch = layouts.lay_out(found, encoded._replace(rows={**encoded.rows, **named}), pad_id)
-        return jax.tree.map(lambda x: x[mine(len(x))], batch)
+        named = {"row_B": index_B.astype(np.int32), "update_B": np.full(len(index_B), step, np.int32)}
+        (number,) = distributed.maximum(topic, 1 + step, [layouts.first_fit(found, *split(encoded))])
+        return layouts.lay_out(found[number], encoded._replace(rows={**encoded.rows, **named}), pad_id, len(shares))
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     return iter(grain.MapDataset.range(start, stop).map(load).to_iter_dataset(options))

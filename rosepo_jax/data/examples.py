@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rosepo_jax import distributed
 from rosepo_jax.data import layouts
 from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.data.prompts import Encoder, pad
@@ -49,18 +50,19 @@ def responses(encoder: Encoder, texts_BxR: Sequence[Sequence[str]]) -> tuple[np.
 
 
 def prompts(encoder: Encoder, texts: Sequence[str]) -> dict[str, np.ndarray]:
-    """prompt_BxP and prompt_mask_BxP of rendered prompts, for decoding."""
+    """prompt_BxP and prompt_mask_BxP of this host's rendered prompts, for decoding; as wide on every host."""
     ids = encoder.prompt_ids(texts)
-    length = width(max(map(len, ids)), WIDTHS, encoder.prompt_length)
+    (longest,) = distributed.agreed([max(map(len, ids))])
+    length = width(longest, WIDTHS, encoder.prompt_length)
     tokens_BxP, mask_BxP = pad(ids, length, encoder.pad)
     return {"prompt_BxP": tokens_BxP, "prompt_mask_BxP": mask_BxP}
 
 
 def scored(encoder: Encoder, texts: Sequence[str], response_BxRxT, response_mask_BxRxT) -> dict[str, np.ndarray]:
-    """Prompts with their responses as one part of a batch, for scoring."""
+    """This host's prompts with their responses as one part of a batch, for scoring; as wide on every host."""
     ids = encoder.prompt_ids(texts)
     R, T = response_BxRxT.shape[1:]
-    fed = int(response_mask_BxRxT[:, :, 1:].sum(axis=(1, 2)).max())
-    P = width(max(map(len, ids)), WIDTHS, encoder.prompt_length)
+    longest, fed = distributed.agreed([max(map(len, ids)), int(response_mask_BxRxT[:, :, 1:].sum(axis=(1, 2)).max())])
+    P = width(longest, WIDTHS, encoder.prompt_length)
     Q = width(fed, WIDTHS, R * (T - 1))
     return layouts.padded(ids, response_BxRxT, response_mask_BxRxT, P, Q, encoder.pad)

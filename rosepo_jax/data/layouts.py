@@ -1,9 +1,10 @@
 """Layouts: how the rows of an update are laid out so that little of what a device computes is padding.
 
-The rows of a batch are sorted by length and cut into a few parts, each padded to widths of its own; which rows make up
-an update is not touched. A layout is the sizes and widths of the parts. Few are chosen for a whole run, from the
-lengths of its first updates, so that few programs are compiled: one that fits nearly all batches, if that saves more
-than it costs, one that fits all of those updates, one with a quarter more room, one that fits all the limits allow.
+A batch is split into G equal shares, one for each device that holds rows of its own. The B rows of a share are sorted
+by length and cut into a few parts, each padded to widths of its own; which rows make up an update is not touched. A
+layout is the sizes and widths of the parts, the same for all shares. Few are chosen for a whole run, from the lengths
+of its first updates, so that few programs are compiled: one that fits nearly all batches, if that saves more than it
+costs, one that fits all of those updates, one with a quarter more room, one that fits all the limits allow.
 """
 
 import itertools
@@ -25,7 +26,7 @@ FITTING = 0.95  # share of batches that the first layout should fit
 class Part(NamedTuple):
     """Rows of a batch that are padded alike."""
 
-    rows: int
+    rows: int  # of each share
     P: int  # prompt tokens
     Q: int  # response tokens that are fed, over all responses of a row
 
@@ -58,19 +59,21 @@ def width(longest: int) -> int:
     return max(1, -(-int(longest) // step) * step)
 
 
-def choose(prompt_SxB: np.ndarray, fed_SxB: np.ndarray, *, unit: int, updates: int, limit: Part) -> tuple[Layout, ...]:
+def choose(
+    prompt_SxGxB: np.ndarray, fed_SxGxB: np.ndarray, *, accumulate: int, updates: int, limit: Part
+) -> tuple[Layout, ...]:
     """Layouts for a run of `updates`, from the lengths of the rows of its first S: cheapest first, the last fits all.
 
-    Sizes of parts are multiples of `unit`, the rows that devices and micro-batches divide.
+    Each fits whatever the one before it fits. Sizes of parts are multiples of `accumulate`, the micro-batches.
     """
-    S, B = prompt_SxB.shape
-    order = np.argsort(prompt_SxB + fed_SxB, axis=1, kind="stable")
-    shape = (S, B // unit, unit)
-    # The longest rows of every unit, in each batch.
+    S, G, B = prompt_SxGxB.shape
+    order = np.argsort(prompt_SxGxB + fed_SxGxB, axis=2, kind="stable")
+    shape = (S, G, B // accumulate, accumulate)
+    # The longest rows of every size that a part can grow by, in each batch.
     prompt_SxU, fed_SxU = (
-        np.take_along_axis(x, order, axis=1).reshape(shape).max(axis=2) for x in (prompt_SxB, fed_SxB)
+        np.take_along_axis(x, order, axis=2).reshape(shape).max(axis=(1, 3)) for x in (prompt_SxGxB, fed_SxGxB)
     )
-    useful = (prompt_SxB.sum() + fed_SxB.sum()) / S
+    useful = (prompt_SxGxB.sum() + fed_SxGxB.sum()) / (S * G)
 
     def layout(edges: Sequence[int], share: float) -> Layout:
         """Parts between `edges` that hold their rows in that share of the batches."""
@@ -80,7 +83,7 @@ def choose(prompt_SxB: np.ndarray, fed_SxB: np.ndarray, *, unit: int, updates: i
                 width(int(np.quantile(need[:, start:stop].max(axis=1), share, method="higher")))
                 for need in (prompt_SxU, fed_SxU)
             )
-            parts.append(Part((stop - start) * unit, P, Q))
+            parts.append(Part((stop - start) * accumulate, P, Q))
         return _joined(parts)
 
     def layouts(edges: Sequence[int]) -> tuple[float, list[Layout]]:
@@ -91,9 +94,9 @@ def choose(prompt_SxB: np.ndarray, fed_SxB: np.ndarray, *, unit: int, updates: i
             return _tokens(all_fit), [all_fit]
         return _tokens(all_fit) - fewer, [most_fit, all_fit]
 
-    cost, found = layouts([0, B // unit])
+    cost, found = layouts([0, B // accumulate])
     for parts in range(2, 1 + min(MOST_PARTS, 1 + updates // UPDATES_PER_PART)):
-        edges = _cuts(prompt_SxU, fed_SxU, unit, parts)
+        edges = _cuts(prompt_SxU, fed_SxU, accumulate, parts)
         if useful >= USEFUL * cost or edges is None:
             break
         cost, found = min((cost, found), layouts(edges), key=lambda way: way[0])
@@ -103,24 +106,29 @@ def choose(prompt_SxB: np.ndarray, fed_SxB: np.ndarray, *, unit: int, updates: i
     return tuple(dict.fromkeys([*found, (roomy,), (limit._replace(rows=B),)]))
 
 
-def fitting(layouts: Sequence[Layout], prompt_B: np.ndarray, fed_B: np.ndarray) -> tuple[Layout, np.ndarray]:
-    """The first layout that holds these rows, and the order in which its parts take them."""
-    order_B = np.argsort(prompt_B + fed_B, kind="stable")
-    prompt_B, fed_B = prompt_B[order_B], fed_B[order_B]
-    for layout in layouts:
+def first_fit(layouts: Sequence[Layout], prompt_GxB: np.ndarray, fed_GxB: np.ndarray) -> int:
+    """The number of the first layout that holds these shares of a batch."""
+    order_GxB = np.argsort(prompt_GxB + fed_GxB, axis=1, kind="stable")
+    prompt_B, fed_B = (np.take_along_axis(x, order_GxB, axis=1).max(axis=0) for x in (prompt_GxB, fed_GxB))
+    for number, layout in enumerate(layouts):
         starts = np.cumsum([0] + [part.rows for part in layout])[:-1]
         longest = zip(np.maximum.reduceat(prompt_B, starts), np.maximum.reduceat(fed_B, starts))
         if all(P <= part.P and Q <= part.Q for part, (P, Q) in zip(layout, longest)):
-            return layout, order_B
+            return number
     raise ValueError(f"rows of up to {prompt_B.max()} + {fed_B.max()} tokens fit no layout of {layouts}")
 
 
-def lay_out(layouts: Sequence[Layout], encoded: Encoded, pad_id: int) -> dict[str, Any]:
-    """The batch that a device sees: `parts`, and beside them the rows' figures in the order of the parts."""
-    layout, order_B = fitting(layouts, *encoded.lengths)
+def lay_out(layout: Layout, encoded: Encoded, pad_id: int, shares: int = 1) -> dict[str, Any]:
+    """What devices see of so many shares of a batch: `parts`, and beside them the rows' figures.
+
+    Rows stand share by share, within a share in the order of its parts; a part holds its rows of every share.
+    """
+    prompt_GxB, fed_GxB = (x.reshape(shares, -1) for x in encoded.lengths)
+    first_Gx1 = prompt_GxB.shape[1] * np.arange(shares)[:, None]
+    order_GxB = first_Gx1 + np.argsort(prompt_GxB + fed_GxB, axis=1, kind="stable")
     parts, start = [], 0
     for part in layout:
-        index = order_B[start : start + part.rows]
+        index = order_GxB[:, start : start + part.rows].reshape(-1)
         start += part.rows
         parts.append(
             padded(
@@ -132,6 +140,7 @@ def lay_out(layouts: Sequence[Layout], encoded: Encoded, pad_id: int) -> dict[st
                 pad_id,
             )
         )
+    order_B = order_GxB.reshape(-1)
     rows = {name: x[order_B] for name, x in encoded.rows.items()}
     return {"parts": tuple(parts), "count_BxR": encoded.response_mask_BxRxT[order_B].sum(axis=2), **rows}
 
@@ -172,7 +181,7 @@ def _joined(parts: Sequence[Part]) -> Layout:
     return tuple(joined)
 
 
-def _cuts(prompt_SxU: np.ndarray, fed_SxU: np.ndarray, unit: int, parts: int) -> list[int] | None:
+def _cuts(prompt_SxU: np.ndarray, fed_SxU: np.ndarray, accumulate: int, parts: int) -> list[int] | None:
     """Edges [0, ..., U] of that many parts with the fewest tokens where every batch fits; None: no room.
 
     Dynamic programme over at most 32 places to cut.
@@ -185,7 +194,7 @@ def _cuts(prompt_SxU: np.ndarray, fed_SxU: np.ndarray, unit: int, parts: int) ->
         for j, stop in enumerate(edges[i + 1 :], i + 1):
             wide = sum(int(need[:, start:stop].max()) for need in (prompt_SxU, fed_SxU))
             enough = parts == 1 or (stop - start) * wide >= LEAST_TOKENS
-            cost[i, j] = (stop - start) * unit * wide if enough else np.inf
+            cost[i, j] = (stop - start) * accumulate * wide if enough else np.inf
     last = len(edges) - 1
     best: dict[tuple[int, int], tuple[float, list[int]]] = {(0, 0): (0.0, [0])}
     for n in range(1, parts + 1):

@@ -30,13 +30,16 @@ def logps(
     policy: Policy, params: Mapping[str, jax.Array], texts: Sequence[str], response_BxRxT, response_mask_BxRxT
 ) -> np.ndarray:
     """logps_BxR of R responses to each of B prompts."""
-    part = examples.scored(policy.encoder, texts, response_BxRxT, response_mask_BxRxT)
-    return sharding.to_host(part_logps(policy.lm, params, to_device(policy, part)))
+    mine_B = mine(policy, len(texts))
+    part = examples.scored(
+        policy.encoder, [texts[b] for b in mine_B], response_BxRxT[mine_B], response_mask_BxRxT[mine_B]
+    )
+    return sharding.to_host(part_logps(policy.lm, params, sharding.to_device(policy.mesh, part)))
 
 
-def to_device(policy: Policy, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Every host has encoded the whole batch, so that all agree on its widths, and hands over its own rows."""
-    return sharding.to_device(policy.mesh, {name: x[batches.mine(len(x))] for name, x in batch.items()})
+def mine(policy: Policy, batch_size: int) -> np.ndarray:
+    """Places of this host's rows in a batch."""
+    return batches.shares_of(sharding.shares(policy.mesh), sharding.ways(policy.mesh), batch_size)
 
 
 def item_scores(
@@ -100,10 +103,11 @@ def catalogue_top(
     def search(index_E: np.ndarray, find, **known: np.ndarray) -> None:
         for block, real in batches.blocks(len(index_E), batch_size):
             index = index_E[block]
-            batch = prompt_batch(policy, catalogue, rows, index) | {name: x[index] for name, x in known.items()}
+            here = index[mine(policy, batch_size)]
+            batch = prompt_batch(policy, catalogue, rows, here) | {name: x[here] for name, x in known.items()}
             if excluded_ExX is not None:
-                batch["excluded_BxX"] = excluded_ExX[index]
-            result = find(policy.lm, params, trie, **to_device(policy, batch))
+                batch["excluded_BxX"] = excluded_ExX[here]
+            result = find(policy.lm, params, trie, **sharding.to_device(policy.mesh, batch))
             for kept, value in zip(top, result):
                 kept[index[real]] = sharding.to_host(value)[real]
 
@@ -123,7 +127,8 @@ def greedy_texts(
     """Free greedy text of each row, and whether it ended by itself."""
     texts: list[tuple[str, bool]] = []
     for block, real in batches.blocks(len(rows), batch_size):
-        batch = to_device(policy, prompt_batch(policy, catalogue, rows, block))
+        here = block[mine(policy, batch_size)]
+        batch = sharding.to_device(policy.mesh, prompt_batch(policy, catalogue, rows, here))
         eos = policy.encoder.eos
         tokens_BxT, _ = greedy(policy.lm, params, **batch, max_tokens=max_tokens, eos=eos)
         for tokens in sharding.to_host(tokens_BxT)[real]:

@@ -340,6 +340,11 @@ class LanguageModel:
         if self.quantize not in quantize.FORMATS:
             raise UserError(f"model.quantize={self.quantize!r}: choose one of {', '.join(quantize.FORMATS)}")
 
+    @property
+    def shares(self) -> int:
+        """In how many equal parts the rows of a batch are split over devices."""
+        return 1 if self.rows is None else math.prod(self.rows.mesh.shape[axis] for axis in self.rows.spec[0])
+
     @functools.cached_property
     def _graph(self):
         return nnx.split(nnx.eval_shape(lambda: self._build(jax.random.key(0))))[0]

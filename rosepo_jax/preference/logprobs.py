@@ -67,13 +67,16 @@ def later_logps(lm: LanguageModel, params: Params, later_BxQxD: jax.Array, label
 
 
 def batch_logps(lm: LanguageModel, params: Params, batch: Mapping[str, Any], drop_B: jax.Array | None = None):
-    """logps_BxR of a batch's parts, one after the other (`data.layouts`)."""
-    logps, start = [], 0
+    """logps_BxR of a batch's parts, one after the other (`data.layouts`); what is put together lies on one device."""
+    G, logps, start = lm.shares, [], 0
     for part in batch["parts"]:
-        stop = start + part["prompt_BxP"].shape[0]
-        logps.append(response_logps(lm, params, **part, drop_B=None if drop_B is None else drop_B[start:stop]))
+        rows = part["prompt_BxP"].shape[0]
+        stop = start + rows // G
+        keys = None if drop_B is None else drop_B.reshape(G, -1)[:, start:stop].reshape(-1)
+        logps.append(response_logps(lm, params, **part, drop_B=keys))
         start = stop
-    return jnp.concatenate(logps)
+    R = logps[0].shape[1]
+    return jnp.concatenate([x.reshape(G, -1, R) for x in logps], axis=1).reshape(-1, R)
 
 
 def _token_logps(logits: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from rosepo_jax import files, seeds
+from rosepo_jax import distributed, files, seeds
 from rosepo_jax.data import batches, examples, pairs, store
 from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.data.examples import TitleTable
@@ -173,9 +173,11 @@ def cached_reference(config, model: policy.Policy, rows: Pairs, inputs, out: pat
         values = np.zeros(rows.item_ExR.shape, np.float32)
         for block, real in batches.blocks(len(rows), size):
             values[block[real]] = compute(block)[real]
-        with open(path.with_suffix(".part"), "wb") as file:
-            np.save(file, values, allow_pickle=False)
-        path.with_suffix(".part").replace(path)
+        if distributed.is_primary():
+            with open(path.with_suffix(".part"), "wb") as file:
+                np.save(file, values, allow_pickle=False)
+            path.with_suffix(".part").replace(path)
+        distributed.barrier("reference cached")
     values = np.load(path, allow_pickle=False)
     sample = next(iter(batches.blocks(len(rows), size)))[0]
     worst = float(np.abs(values[sample] - compute(sample)).max())

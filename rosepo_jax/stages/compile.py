@@ -261,7 +261,7 @@ def _longest_batch(mesh: Mesh, B: int, P: int, R: int, T: int, known: Mapping[st
     figures = {name: np.zeros((B, size), dtype) for name, (size, dtype) in known.items()}
     figures |= dict.fromkeys(("row_B", "update_B"), np.zeros(B, np.int32))
     full = Encoded([[0] * P] * B, np.zeros((B, R, T), np.int32), np.ones((B, R, T), bool), figures)
-    return _abstract(layouts.lay_out([(Part(B, P, R * (T - 1)),)], full, 0), sharding.batch_sharding(mesh))
+    return _abstract(layouts.lay_out((Part(B, P, R * (T - 1)),), full, 0), sharding.batch_sharding(mesh))
 
 
 def _abstract(tree: Any, where: NamedSharding) -> Any:

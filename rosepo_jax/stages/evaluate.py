@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 from ml_collections import ConfigDict
 
-from rosepo_jax import files, seeds
+from rosepo_jax import distributed, files, seeds
 from rosepo_jax.data import examples, pairs, store
 from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.data.examples import TitleTable
@@ -17,7 +17,6 @@ from rosepo_jax.evaluation import predictions, probes, protocols, published, sig
 from rosepo_jax.preference.oracle import Oracle
 from rosepo_jax.stages import oracle, runtime, sft
 from rosepo_jax.training import flops, loop, optimizer, policy, sharding
-from rosepo_jax.training.metrics import is_primary
 
 NAME, INPUTS, RESUMABLE = "evaluate", ("prepare", "oracle", "sft", "pairs", "align"), True
 KEYS = ("seed", "data", "model", "evaluate", "sft", "align", "checkpoint.every")
@@ -48,7 +47,10 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
         more = out / "sft_more"
         if not (more / "manifest.json").exists():
             policy.hand_on(inputs["sft"], more)
-            files.write_json(more / "manifest.json", train_more(config, models["sft"], catalogue, data, inputs, more))
+            kept = train_more(config, models["sft"], catalogue, data, inputs, more)
+            if distributed.is_primary():
+                files.write_json(more / "manifest.json", kept)
+            distributed.barrier("control trained")
         models["sft_more"] = policy.load(config, more, mesh)
     models["aligned"] = policy.load(config, inputs["align"], mesh)
 
@@ -66,7 +68,7 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
         by_row[name] = {}
         for model, answer in answers.items():
             cells[model], by_row[name][model] = summary.describe(answer, ground, e.bootstrap, config.seed)
-            if is_primary():
+            if distributed.is_primary():
                 path = out / "predictions" / f"{name}.{model}.jsonl"
                 predictions.write(path, rows, answer, users, catalogue)
         results["protocols"][name] = {
@@ -86,7 +88,7 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
     results["oracle"] = calibration(inputs["oracle"], data["test"])
     results["defects"] = files.read_json(prepared / "statistics.json")["defects"]
     results["comparisons"] = compare(config, by_row, {name: rows.user_E for name, rows in asked.items()})
-    if is_primary():
+    if distributed.is_primary():
         files.write_json(out / "results.json", runtime.plain(results))
     headline = results["protocols"].get("candidates", {"models": {}})["models"]
     return {model: cell["HR@1"]["value"] for model, cell in headline.items()}

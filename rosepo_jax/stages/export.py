@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from rosepo_jax import files
+from rosepo_jax import distributed, files
 from rosepo_jax.data import store
 from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.data.prompts import Template
@@ -25,7 +25,6 @@ from rosepo_jax.models import checkpoints_hf, hub, peft
 from rosepo_jax.models import lora as adapters
 from rosepo_jax.stages import runtime
 from rosepo_jax.training import policy, sharding
-from rosepo_jax.training.metrics import is_primary
 
 MODELS = {"align": "aligned", "sft": "sft"}  # stage -> the name of its model in results.json
 
@@ -55,7 +54,7 @@ def merged(config: ConfigDict, folder: pathlib.Path, output: pathlib.Path) -> st
     """The whole model, adapter folded in, a quantised base restored."""
     model = policy.load(config, folder, sharding.make_mesh(config.mesh))
     params = adapters.merge(model.params, model.lm.lora, model.lm.quantize)
-    if is_primary():
+    if distributed.is_primary():
         checkpoints_hf.write(
             output, model.lm.config, params, folder / "tokenizer", config.model.param_dtype,
             readme=card(folder.parent, folder.name), eos=model.encoder.eos,
@@ -71,7 +70,7 @@ def adapter(config: ConfigDict, folder: pathlib.Path, output: pathlib.Path) -> s
         raise UserError("--format=adapter: the run tuned the whole model (model.tuning=full); use --format=merged")
     if "path" not in base:
         raise UserError("--format=adapter: the base was a new model, which nobody else has; use --format=merged")
-    if is_primary():
+    if distributed.is_primary():
         peft.write(
             output, model.lm.config, model.lm.lora, model.trainable,
             base=base["path"], revision=base["revision"], readme=card(folder.parent, folder.name),
@@ -92,7 +91,7 @@ def rows(config: ConfigDict, prepared: pathlib.Path, output: pathlib.Path) -> st
         for name, found in asked.items():
             files.write_jsonl(directory / f"{name}.jsonl", predictions.questions(found, users, catalogue))
 
-    if is_primary():
+    if distributed.is_primary():
         checkpoints_hf.new_directory(output, fill)
     return ", ".join(f"{len(found):,} in {name}.jsonl" for name, found in asked.items())
 
@@ -106,7 +105,7 @@ def recbole(config: ConfigDict, prepared: pathlib.Path, output: pathlib.Path) ->
     splits = {"train": train, "valid": data["validation"], "test": data["test"]}
     if any((found.history_ExN[:, 0] < 0).any() for found in splits.values()):
         raise UserError("--format=recbole: its models cannot start from an empty history; set data.min_history=1")
-    if is_primary():
+    if distributed.is_primary():
         checkpoints_hf.new_directory(
             output, lambda directory: predictions.recbole(directory, name, splits, users, catalogue)
         )
@@ -128,7 +127,7 @@ def trec(config: ConfigDict, evaluated: pathlib.Path, output: pathlib.Path) -> s
             lines = predictions.trec_run(asked[protocol], answers, catalogue, model)
             _write_lines(directory / f"{protocol}.{model}.run", lines)
 
-    if is_primary():
+    if distributed.is_primary():
         checkpoints_hf.new_directory(output, fill)
     return f"{len(found)} runs, {len(asked)} qrels"
 

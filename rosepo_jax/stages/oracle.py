@@ -14,7 +14,7 @@ import optax
 from ml_collections import ConfigDict
 from scipy import special
 
-from rosepo_jax import seeds
+from rosepo_jax import distributed, seeds
 from rosepo_jax.data import store
 from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.data.rows import Rows
@@ -26,7 +26,7 @@ from rosepo_jax.preference.objectives import choose
 from rosepo_jax.preference.oracle import Oracle
 from rosepo_jax.stages import runtime
 from rosepo_jax.training import optimizer
-from rosepo_jax.training.metrics import MetricWriter, is_primary, progress
+from rosepo_jax.training.metrics import MetricWriter, progress
 
 NAME, INPUTS, RESUMABLE = "oracle", ("prepare",), False
 KEYS = ("seed", "oracle")
@@ -48,7 +48,7 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
         "ECE_after": calibration_error(*gaps, oracle.tau),
         "n": len(validation),
     }
-    if is_primary():
+    if distributed.is_primary():
         data = runtime.identity(inputs["prepare"])
         sasrec.save(out, oracle.config, oracle.params, tau=oracle.tau, data=data)
     return figures

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from rosepo_jax import seeds
+from rosepo_jax import distributed, seeds
 from rosepo_jax.data import examples, pairs, store
 from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.data.examples import TitleTable
@@ -28,8 +28,9 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
         counters: dict = {"rows": len(rows), "kept": len(rows)}
     else:
         rows, counters = mine(config, inputs)
-    pairs.write(out / "pairs.parquet", rows)
-    pairs.write_trl(out / "trl.jsonl", rows)
+    if distributed.is_primary():
+        pairs.write(out / "pairs.parquet", rows)
+        pairs.write_trl(out / "trl.jsonl", rows)
     figures = counters | {"flipped": int(rows.flipped_E.sum())}
     if rows.has_epsilon:
         figures |= {"epsilon_mean": float(rows.epsilon_ExK.mean())}

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from rosepo_jax import files
+from rosepo_jax import distributed, files
 from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.data.rows import Rows
 from rosepo_jax.errors import UserError
@@ -40,7 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(config: ConfigDict, args: argparse.Namespace) -> int:
     from rosepo_jax.evaluation import protocols, report, summary  # they import jax, which --help need not wait for
     from rosepo_jax.stages import runtime
-    from rosepo_jax.training.metrics import is_primary
 
     prepared, evaluated, e = args.workdir / "prepare", args.workdir / "evaluate", config.evaluate
     stem = pathlib.Path(args.predictions.name.removesuffix(".gz")).stem
@@ -83,12 +82,12 @@ def main(config: ConfigDict, args: argparse.Namespace) -> int:
     }
     results = {"protocols": {protocol: found}, "comparisons": compare(config, protocol, rows, name, by_row, others)}
     folder = args.workdir / "others" / name
-    if is_primary():
+    if distributed.is_primary():
         predictions.write(folder / f"{protocol}.predictions.jsonl", rows, answers, users, catalogue)
         files.write_json(folder / f"{protocol}.results.json", runtime.plain(results))
     runtime.say(f"{table({**ours, name: cells})}\n\n{folder / f'{protocol}.results.json'}")
     if (args.workdir / "report" / MANIFEST).is_file():  # it shows other systems too, and is no longer up to date
-        if is_primary():
+        if distributed.is_primary():
             shutil.rmtree(args.workdir / "report")
         runtime.execute(runtime.module("report"), config, args.workdir)
     return 0

@@ -12,10 +12,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rosepo_jax import config as defaults
-from rosepo_jax import files
+from rosepo_jax import distributed, files
 from rosepo_jax.data import sequences, sources, store, world
 from rosepo_jax.stages import runtime
-from rosepo_jax.training.metrics import is_primary, progress
+from rosepo_jax.training.metrics import progress
 
 NAME = "prepare"
 INPUTS: tuple[str, ...] = ()
@@ -26,7 +26,7 @@ RESUMABLE = False
 
 def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) -> dict[str, Any]:
     """Builds the data set of `config.data` below `out`; returns the sizes that manifests show."""
-    if not is_primary():
+    if not distributed.is_primary():
         return {}
     truth = world.generate(config.data.world, config.data.seed) if config.data.source == "world" else None
     prepared = sequences.build(  # named nowhere else, so that the log can be given up within

@@ -5,11 +5,10 @@ import pathlib
 import pyarrow.parquet
 from ml_collections import ConfigDict
 
-from rosepo_jax import files
+from rosepo_jax import distributed, files
 from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.evaluation import page, report
 from rosepo_jax.stages import STAGES, runtime
-from rosepo_jax.training.metrics import is_primary
 
 NAME = "report"
 INPUTS = ("evaluate",)  # whose identity covers every stage before it; their folders are read where they are there
@@ -21,7 +20,7 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
     """Writes report.html and summary.json, prints what they say and returns it."""
     found = material(config, inputs["evaluate"].parent)
     text = report.text(found.results)
-    if is_primary():
+    if distributed.is_primary():
         files.write_text(out / "report.html", page.html(found))
         files.write_json(out / "summary.json", report.summary(found))
     runtime.say(f"{text}\n\n{out / 'report.html'}")

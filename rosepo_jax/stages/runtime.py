@@ -27,14 +27,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import rosepo_jax
-from rosepo_jax import configuration, files
+from rosepo_jax import configuration, distributed, files
 from rosepo_jax.errors import UserError
 from rosepo_jax.training import programs
-from rosepo_jax.training.metrics import is_primary
 
 # Config values that name files of the user: what counts is their content, not where they lie.
 PATH_KEYS = (
@@ -52,7 +50,7 @@ MANIFEST, BEGUN = "manifest.json", "begun.json"
 
 def say(text: str) -> None:
     """Prints a line, on the first process only."""
-    if is_primary():
+    if distributed.is_primary():
         print(text, flush=True)
 
 
@@ -74,7 +72,7 @@ def execute(stage: Any, config: ConfigDict, workdir: str | os.PathLike, pool: di
     programs.keep(config)
     out = pathlib.Path(workdir) / stage.NAME
     wanted = _wanted(stage, config, workdir)
-    if out.is_symlink() and not out.exists() and is_primary():
+    if out.is_symlink() and not out.exists() and distributed.is_primary():
         out.unlink()  # a shared stage whose folder has been removed
     recorded = _read(out / MANIFEST)
     if recorded is not None:
@@ -83,13 +81,13 @@ def execute(stage: Any, config: ConfigDict, workdir: str | os.PathLike, pool: di
         say(f"{stage.NAME}: up to date" + ("" if same_code else f" (made by other code: {recorded['code']})"))
     elif pool is not None and wanted["identity"] in pool and not out.exists():
         shared = pool[wanted["identity"]]
-        if is_primary():
+        if distributed.is_primary():
             _make_folder(out.parent)
             out.symlink_to(os.path.relpath(shared, out.parent.resolve()), target_is_directory=True)
         say(f"{stage.NAME}: shared with {shared}")
     else:
         _run(stage, config, workdir, out, wanted)
-    _barrier(f"{stage.NAME} done")
+    distributed.barrier(f"{stage.NAME} done")
     if pool is not None:
         pool.setdefault(files.read_json(out / MANIFEST)["identity"], out.resolve())
     return out
@@ -103,29 +101,31 @@ def identity(out: str | os.PathLike) -> str | None:
 
 def _run(stage: Any, config: ConfigDict, workdir: str | os.PathLike, out: pathlib.Path, wanted: dict) -> None:
     begun = _read(out / BEGUN)
-    if begun is None and out.exists() and any(out.iterdir()):
+    others = begun is None and out.exists() and any(out.iterdir())
+    distributed.barrier(f"{stage.NAME} looked at")  # from here on the first process changes the folder
+    if others:
         raise UserError(f"{out}: holds files that rosepo did not make; choose another --workdir or remove that folder")
     if begun is not None and stage.RESUMABLE:
         _refuse_changes(out, begun, wanted)
         if begun["code"] != wanted["code"]:
             say(f"{stage.NAME}: goes on from a run of other code ({begun['code']})")
-    if is_primary():
+    if distributed.is_primary():
         _make_folder(out)
         if begun is None or not stage.RESUMABLE:
             _empty(out)
         files.write_json(out / BEGUN, wanted)
-    _barrier(f"{stage.NAME} begun")
+    distributed.barrier(f"{stage.NAME} begun")
     started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
     try:
         result = stage.run(config, {verb: pathlib.Path(workdir) / verb for verb in stage.INPUTS}, out)
     except BaseException as error:
-        if is_primary() and not (stage.RESUMABLE and _worth_keeping(out, error)):
+        if distributed.is_primary() and not (stage.RESUMABLE and _worth_keeping(out, error)):
             _empty(out)
             (out / BEGUN).unlink(missing_ok=True)
             out.rmdir()
         raise
-    _barrier(f"{stage.NAME} run")
-    if is_primary():
+    distributed.barrier(f"{stage.NAME} run")
+    if distributed.is_primary():
         manifest = {
             "stage": stage.NAME,
             **wanted,
@@ -223,11 +223,6 @@ def _empty(out: pathlib.Path) -> None:
             shutil.rmtree(path)
         elif path.name != BEGUN:
             path.unlink()
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def plain(value: Any) -> Any:

@@ -67,7 +67,9 @@ def stream(encode, rows: int, model: policy.Policy, settings: ConfigDict, seed: 
         rows,
         seed=seed,
         batch_size=settings.batch_size,
-        unit=sharding.ways(model.mesh) * settings.accumulate,
+        shares=sharding.shares(model.mesh),
+        of=sharding.ways(model.mesh),
+        accumulate=settings.accumulate,
         prompt_length=model.encoder.prompt_length,
         pad_id=model.encoder.pad,
     )

@@ -2,20 +2,35 @@
 
 import copy
 import pathlib
-from collections.abc import Mapping
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from rosepo_jax import distributed, files
 from rosepo_jax.errors import UserError
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Not asked here: whoever asks, counts, and the turns of a job's processes are counted by `distributed`."""
+        return False
+
+
 class Checkpoints:
-    """Numbered training states with their metadata (JSON) below `directory`, the newest `keep` of them."""
+    """Numbered training states with their metadata (JSON) below `directory`, the newest `keep` of them.
+
+    With a state go checksums of its arrays, computed on the devices, and a hash of the metadata: what is read back is
+    what was saved, or it is not used.
+    """
 
     def __init__(self, directory: pathlib.Path, keep: int):
-        self._manager = ocp.CheckpointManager(
+        self.directory = directory
+        self._manager = _Manager(
             directory.absolute(),
             item_names=("state", "meta"),
             options=ocp.CheckpointManagerOptions(
@@ -26,23 +41,58 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: dict) -> None:
         """Saves in the background; an earlier save that failed raises here."""
         self._manager.check_for_errors()
-        meta = copy.deepcopy(meta)  # written later, while the caller's goes on changing
-        saved = self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)), force=True
-        )
+        sealed = _sealed(meta, checksums(state))  # a copy: written later, while the caller's goes on changing
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(sealed))
+        saved = self._manager.save(step, args=items, force=True)
         if not saved:
             raise RuntimeError(f"checkpoint {step} was not saved")
 
     def restore(self, like: Any) -> tuple[Any, dict] | None:
-        """The newest state, laid out like `like` (arrays with shardings), and its metadata; None if there is none."""
-        step = self._manager.latest_step()
-        if step is None:
-            return None
+        """The newest whole state, laid out like `like` (arrays with shardings), and its metadata; None where no
+        checkpoint is.
+
+        Checkpoints that are damaged are named, passed over and removed.
+
+        Raises:
+            UserError: there are checkpoints, and none is whole.
+        """
+        steps = {int(path.name) for path in self.directory.iterdir() if path.name.isdecimal()}
+        damaged: dict[int, str] = {}
+        for step in sorted(steps | set(self._manager.all_steps()), reverse=True):
+            state, meta, damage = self._read(step, like)
+            (is_damaged,) = distributed.agreed([bool(damage)])
+            if not is_damaged:
+                self._remove(damaged, f"going on from checkpoint {step}")
+                return state, meta
+            damaged[step] = damage or "another process cannot read it"
+        if damaged:
+            what = "; ".join(f"{step}: {damage}" for step, damage in damaged.items())
+            raise UserError(f"{self.directory}: no checkpoint is whole ({what}); remove that folder to start again")
+        return None
+
+    def _read(self, step: int, like: Any) -> tuple[Any, dict, str]:
+        """State, metadata and what is wrong with them, in a word or two; "" for nothing."""
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
-        )
-        return restored["state"], restored["meta"]
+        if step not in self._manager.all_steps():
+            return None, {}, "not committed"
+        try:
+            found = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
+            )
+            meta, sums = _unsealed(found["meta"])
+            changed = [path for path, value in checksums(found["state"]).items() if sums.get(path) != value]
+            return found["state"], meta, f"{changed[0]} is not what was saved" if changed else ""
+        except Exception as error:  # whatever damage does to the libraries that read it
+            return None, {}, " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+    def _remove(self, damaged: Mapping[int, str], then: str) -> None:
+        for step, damage in damaged.items():
+            if distributed.is_primary():
+                print(f"{self.directory / str(step)}: damaged ({damage}); {then}", file=sys.stderr, flush=True)
+                shutil.rmtree(self.directory / str(step))
+        if damaged:
+            distributed.barrier("damaged checkpoints removed")
+            self._manager.reload()
 
     def close(self) -> None:
         self._manager.wait_until_finished()
@@ -67,3 +117,38 @@ def load_params(directory: pathlib.Path, like: Mapping[str, Any]) -> dict[str, j
                 raise UserError(f"{directory}: {path} is {have}, expected {target.dtype}{list(target.shape)}")
         target = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for p, x in like.items()}
         return checkpointer.restore(directory.absolute(), target)
+
+
+def _sealed(meta: Mapping[str, Any], sums: Mapping[str, int]) -> dict[str, Any]:
+    sealed = {"meta": copy.deepcopy(dict(meta)), "checksums": dict(sums)}
+    return sealed | {"hash": files.hash_json(sealed)}
+
+
+def _unsealed(sealed: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+    said = sealed.pop("hash", None)
+    if said != files.hash_json(sealed):
+        raise ValueError("the metadata is not what was saved")
+    return sealed["meta"], sealed["checksums"]
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """A number for each array of a tree, by its path; the same on any mesh."""
+    paths, leaves = zip(*((jax.tree_util.keystr(path), x) for path, x in jax.tree.leaves_with_path(tree)))
+    return dict(zip(paths, map(int, jax.device_get(_sums(leaves)))))
+
+
+@jax.jit
+def _sums(leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    return list(map(_checksum, leaves))
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    """sum_i (2 i + 1) bits_i mod 2^32 over all places i: a change of any one element shows. Places are counted axis by
+    axis, since a flat copy would gather what lies on many devices."""
+    kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
+    place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    for axis in reversed(range(x.ndim)):
+        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= x.shape[axis]
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)

@@ -12,7 +12,8 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rosepo_jax.errors import UserError
+from rosepo_jax import distributed
+from rosepo_jax.errors import Preempted, UserError
 from rosepo_jax.training import checkpoint, flops, optimizer, sharding
 from rosepo_jax.training.metrics import Batch, MetricWriter, Throughput, peak_memory, progress
 from rosepo_jax.training.profile import Profiler
@@ -133,7 +134,10 @@ def train(
             compiled.clear()
 
     stop = start if lost_patience() else total
-    with contextlib.closing(writer), contextlib.closing(checkpoints), contextlib.closing(profiler):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(distributed.deferred())
+        for closed in (writer, checkpoints, profiler):
+            stack.enter_context(contextlib.closing(closed))
         batches = throughput.waiting(stream(start=start, stop=stop))
         for number, batch in zip(progress(range(start + 1, stop + 1), name), batches):
             on_device = sharding.to_device(mesh, batch)
@@ -142,6 +146,7 @@ def train(
             with jax.profiler.StepTraceAnnotation(name, step_num=number):
                 state, metrics = update(state, frozen, on_device)
             profiler.after(number, metrics)
+            distributed.alive()
             if late is not None:
                 report(late)
             late = (number, metrics, batch)
@@ -153,12 +158,15 @@ def train(
                 with throughput.paused():
                     check(number, state.trainable)
                 ended |= lost_patience()
-            if number % every["checkpoint.every"] == 0 or ended:
+            preempted = distributed.told_to_stop()
+            if number % every["checkpoint.every"] == 0 or ended or preempted:
                 if late is not None:
                     report(late)
                     late = None
                 with throughput.paused():
                     checkpoints.save(number, state, meta)
+            if preempted and not ended:
+                raise Preempted(f"{name}: told to stop, and saved update {number} of {total}")
             if ended:
                 break
     return meta["kept"]

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import jax
 
-from rosepo_jax import files
+from rosepo_jax import distributed, files
 from rosepo_jax.data import layouts
 
 Batch = Mapping[str, Any]
@@ -23,11 +23,6 @@ MEASURED = (
     *("input_stall", "memory/peak_bytes", "compile_seconds"),
 )
 PLAIN_SECONDS = 30.0  # where no terminal is watching, a line this often is enough to see that a run is alive
-
-
-def is_primary() -> bool:
-    """Whether this process is the one that prints and writes files."""
-    return jax.process_index() == 0
 
 
 class MetricWriter:
@@ -50,7 +45,7 @@ class MetricWriter:
         self.file: TextIO | None = None
         self.events: Any = None
         path = self.directory / "metrics.jsonl"
-        if is_primary() and path.exists():
+        if distributed.is_primary() and path.exists():
             old = path.read_text("utf-8")
             kept = "".join(f"{line}\n" for line in old.splitlines() if _keep(line, resume_step))
             if kept != old:
@@ -68,7 +63,7 @@ class MetricWriter:
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends one row; values are numbers or arrays of one element."""
-        if not is_primary():
+        if not distributed.is_primary():
             return
         if self.file is None:
             self.file = self._open()
@@ -199,7 +194,8 @@ def progress(work: Iterable[Any] | int, name: str, total: int | None = None) -> 
     items = range(work) if isinstance(work, int) else work
     if total is None and isinstance(items, Sized):
         total = len(items)
-    if not is_primary():
+    items = _alive(items)
+    if not distributed.is_primary():
         yield from items
     elif sys.stderr.isatty():
         import tqdm  # only needed where there is a terminal
@@ -207,6 +203,12 @@ def progress(work: Iterable[Any] | int, name: str, total: int | None = None) -> 
         yield from tqdm.tqdm(items, desc=name, total=total, leave=False, dynamic_ncols=True)
     else:
         yield from _plain_progress(items, name, total)
+
+
+def _alive(items: Iterable[Any]) -> Iterator[Any]:
+    for item in items:
+        distributed.alive()
+        yield item
 
 
 def _plain_progress(items: Iterable[Any], name: str, total: int | None) -> Iterator[Any]:

@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rosepo_jax import files, seeds
+from rosepo_jax import distributed, files, seeds
 from rosepo_jax.data.prompts import Encoder, Template, train_tokenizer
 from rosepo_jax.errors import UserError
 from rosepo_jax.models import attention, checkpoints_hf, families, hub, peft
@@ -52,19 +52,25 @@ def create(config: ConfigDict, out: pathlib.Path, mesh: Mesh, tokenizer_texts: I
         if not (folder / "config.json").is_file():
             raise UserError(f"model.path={m.path!r}: not a Hugging Face model directory (no config.json)")
         architecture = checkpoints_hf.read_config(folder)
-        (out / "tokenizer").mkdir(parents=True, exist_ok=True)
-        for name in checkpoints_hf.TOKENIZER_FILES:
-            if (folder / name).is_file():
-                shutil.copy(folder / name, out / "tokenizer")
+        if distributed.is_primary():
+            (out / "tokenizer").mkdir(parents=True, exist_ok=True)
+            for name in checkpoints_hf.TOKENIZER_FILES:
+                if (folder / name).is_file():
+                    shutil.copy(folder / name, out / "tokenizer")
         base = {"path": m.path, "revision": commit or m.revision}
     else:
-        vocabulary = train_tokenizer(tokenizer_texts, m.vocabulary, out / "tokenizer")
+        trains = distributed.is_primary()  # the others learn the size
+        (vocabulary,) = distributed.agreed(
+            [train_tokenizer(tokenizer_texts, m.vocabulary, out / "tokenizer") if trains else 0]
+        )
         architecture = new_architecture(m, vocabulary)
         if architecture.vocabulary < vocabulary:
             raise UserError(f"model.vocabulary={m.vocabulary}: {m.architecture} has {architecture.vocabulary} tokens")
     lora = new_adapter(m)
     described = {"decoder": dataclasses.asdict(architecture), "lora": lora and dataclasses.asdict(lora), "base": base}
-    files.write_json(out / "model.json", described)
+    if distributed.is_primary():
+        files.write_json(out / "model.json", described)
+    distributed.barrier("model described")
     return _assemble(config, out, described, mesh, adapter=m.adapter)
 
 
@@ -136,8 +142,9 @@ def open_model(config: ConfigDict, source: str | os.PathLike, mesh: Mesh) -> Pol
 
 def hand_on(source: pathlib.Path, out: pathlib.Path) -> None:
     """Copies the description and the tokenizer of one model folder to the next stage's."""
-    shutil.copytree(source / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
-    files.write_bytes(out / "model.json", (source / "model.json").read_bytes())
+    if distributed.is_primary():
+        shutil.copytree(source / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
+        files.write_bytes(out / "model.json", (source / "model.json").read_bytes())
 
 
 def new_adapter(m: ConfigDict) -> LoRAConfig | None:

@@ -92,6 +92,13 @@ def ways(mesh: Mesh) -> int:
     return mesh.shape["replica"] * mesh.shape["fsdp"]
 
 
+def shares(mesh: Mesh) -> list[int]:
+    """Which of the parts that rows are split in lie on devices of this process, in rising order."""
+    of_device = np.arange(ways(mesh)).reshape(*mesh.devices.shape[:2], 1)
+    here = np.vectorize(lambda device: device.process_index == jax.process_index(), otypes=[bool])(mesh.devices)
+    return sorted(set(np.broadcast_to(of_device, mesh.devices.shape)[here].tolist()))
+
+
 def check_batch(mesh: Mesh, name: str, batch_size: int, accumulate: int = 1) -> None:
     unit = ways(mesh) * accumulate
     if batch_size % unit:

@@ -158,7 +158,7 @@ def test_parts_of_a_batch_equal_one_padded_batch():
     keys_B = jax.vmap(jax.random.key)(jnp.arange(2))
 
     def run(layout):
-        batch = layouts.lay_out([layout], encoded, pad_id=0)
+        batch = layouts.lay_out(layout, encoded, pad_id=0)
         return jax.jit(batch_logps, static_argnums=0)(lm, params, batch, keys_B[batch["row_B"]])
 
     parts = run((layouts.Part(1, 3, 3), layouts.Part(1, 6, 4)))

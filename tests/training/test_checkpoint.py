@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -113,3 +114,129 @@ def test_optimiser_moments_lie_like_their_parameters():
         for path, value in moments.items():
             assert value.sharding == sharding.parameter_sharding(mesh, path, value.shape), path
     assert state.step.sharding.is_fully_replicated and state.skipped.sharding.is_fully_replicated
+
+
+# ---- Damage ----------------------------------------------------------------------------------------------------------
+
+
+def half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def zeroed(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(bytes(content))
+
+
+FILES = {"cut": half, "emptied": lambda path: path.write_bytes(b""), "zeroed": zeroed, "flipped": flipped}
+FILES["removed"] = lambda path: path.unlink()
+
+
+def saved(directory, mesh):
+    """Checkpoints 1 and 2; their states."""
+    states, kept = {}, checkpoint.Checkpoints(directory, keep=2)
+    for step in (1, 2):
+        states[step] = jax.tree.map(lambda x, step=step: (x + step).astype(x.dtype), state_of(mesh))
+        kept.save(step, states[step], {"step": step})
+    kept.close()
+    return states
+
+
+def restored(directory, mesh):
+    kept = checkpoint.Checkpoints(directory, keep=2)
+    try:
+        return kept.restore(state_of(mesh))
+    finally:
+        kept.close()
+
+
+def equal(a, b):
+    return all(np.array_equal(sharding.to_host(x), sharding.to_host(y)) for x, y in zip(*map(jax.tree.leaves, (a, b))))
+
+
+def test_whatever_is_damaged_a_whole_state_comes_back_or_the_one_before_with_a_word(tmp_path, capsys):
+    """Every file of the newest checkpoint, damaged in five ways: its own state bit for bit, where the file does not
+    matter, or the state before it and a line that says what is wrong; never anything else."""
+    mesh = mesh_of(1, 2, 1)
+    states = saved(tmp_path / "whole", mesh)
+    files = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole" / "2").rglob("*") if p.is_file())
+    noticed = 0
+    for file in files:
+        for name, damage in FILES.items():
+            broken = tmp_path / "broken"
+            shutil.copytree(tmp_path / "whole", broken)
+            damage(broken / file)
+            found, meta = restored(broken, mesh)
+            said = capsys.readouterr().err
+            assert equal(found, states[meta["step"]]), (file, name)
+            assert (meta["step"] == 1) == (f"{broken / '2'}: damaged (" in said), (file, name, said)
+            assert meta["step"] == 2 or not (broken / "2").exists()
+            noticed += meta["step"] == 1
+            shutil.rmtree(broken)
+    assert noticed >= 20, f"{noticed} of {len(files) * len(FILES)}"
+
+
+@pytest.mark.parametrize("part", ["state", "meta"])
+def test_a_missing_part_is_damage(tmp_path, capsys, part):
+    mesh = mesh_of(1, 2, 1)
+    states = saved(tmp_path / "c", mesh)
+    shutil.rmtree(tmp_path / "c" / "2" / part)
+    found, meta = restored(tmp_path / "c", mesh)
+    assert meta == {"step": 1} and equal(found, states[1]) and "2: damaged (" in capsys.readouterr().err
+
+
+def test_a_state_of_other_shapes_is_damage(tmp_path, capsys):
+    mesh = mesh_of(1, 2, 1)
+    states = saved(tmp_path / "c", mesh)
+    other = checkpoint.Checkpoints(tmp_path / "other", keep=1)
+    other.save(2, jax.tree.map(lambda x: jnp.concatenate([x, x]) if x.ndim else x, states[2]), {"step": 2})
+    other.close()
+    shutil.rmtree(tmp_path / "c" / "2")
+    shutil.copytree(tmp_path / "other" / "2", tmp_path / "c" / "2")
+    found, meta = restored(tmp_path / "c", mesh)
+    assert meta == {"step": 1} and equal(found, states[1]) and "2: damaged (" in capsys.readouterr().err
+
+
+def test_an_exchanged_element_is_damage(tmp_path, capsys, monkeypatch):
+    """What every library reads without a complaint, but is not what was saved."""
+    mesh = mesh_of(1, 2, 1)
+    states = saved(tmp_path / "c", mesh)
+    read = checkpoint.ocp.CheckpointManager.restore
+
+    def exchanged(self, step, **keys):
+        found = read(self, step, **keys)
+        if step == 2:
+            table = found["state"].trainable["embedding"]
+            found["state"].trainable["embedding"] = table.at[0, 0].set(table[0, 1]).at[0, 1].set(table[0, 0])
+        return found
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", exchanged)
+    found, meta = restored(tmp_path / "c", mesh)
+    said = capsys.readouterr().err
+    assert meta == {"step": 1} and equal(found, states[1])
+    assert "embedding" in said and "is not what was saved" in said
+
+
+def test_nothing_whole_is_a_refusal(tmp_path):
+    mesh = mesh_of(1, 2, 1)
+    saved(tmp_path / "c", mesh)
+    for step in ("1", "2"):
+        shutil.rmtree(tmp_path / "c" / step / "state")
+    with pytest.raises(UserError, match=r"no checkpoint is whole \(2: .*; 1: .*\); remove that folder"):
+        restored(tmp_path / "c", mesh)
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"1", "2"}, "nothing is thrown away"
+
+
+def test_checksums_are_the_same_on_any_mesh_and_see_every_change():
+    values = {"a": jnp.arange(64.0).reshape(8, 8), "b": jnp.arange(16, dtype=jnp.bfloat16), "n": jnp.int32(7)}
+    expected = checkpoint.checksums(values)
+    split = jax.device_put(values["a"], jax.sharding.NamedSharding(mesh_of(1, 4, 2), jax.P("fsdp", "tensor")))
+    assert checkpoint.checksums(values | {"a": split}) == expected
+    for changed in (values["a"].at[3, 5].add(1e-5), values["a"].T, values["a"].at[7, 7].set(-63.0)):
+        other = checkpoint.checksums(values | {"a": changed})
+        assert [path for path in expected if other[path] != expected[path]] == ["['a']"]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rosepo_jax import distributed
 from rosepo_jax.training import metrics
 from rosepo_jax.training.metrics import MetricWriter, Throughput, peak_memory, progress
 
@@ -81,7 +82,7 @@ def test_event_files_hold_the_same_numbers(tmp_path):
 
 
 def test_other_processes_write_and_say_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(metrics, "is_primary", lambda: False)
+    monkeypatch.setattr(distributed, "is_primary", lambda: False)
     monkeypatch.setattr(metrics, "PLAIN_SECONDS", 0.0)
     with MetricWriter(tmp_path / "out", tensorboard=True) as writer:
         writer.scalars(1, {"loss": 1.0})

@@ -24,7 +24,7 @@ class Bag:
     def init(self, key):
         return {"embedding": jax.random.normal(key, (V, 16))}
 
-    logits_chunk = 0
+    logits_chunk, shares = 0, 1
 
     def states(self, params, prompt_BxP, prompt_mask_BxP, response_BxRxT, fed_BxQ, drop_B=None):
         prompt_BxPxD = jnp.where(prompt_mask_BxP[..., None], params["embedding"][prompt_BxP], 0.0)
@@ -62,7 +62,7 @@ def batch(seed=0, parts=1):
     }
     encoded = layouts.Encoded(prompts, response_BxRxT, response_mask_BxRxT, rows)
     part = layouts.Part(B // parts, P, R * (T - 1))
-    return layouts.lay_out([(part._replace(Q=part.Q - 1), part) if parts == 2 else (part,)], encoded, pad_id=0)
+    return layouts.lay_out((part._replace(Q=part.Q - 1), part) if parts == 2 else (part,), encoded, pad_id=0)
 
 
 def task(lm, objective="rosepo", mode="oracle", source="in_step", **keys):
