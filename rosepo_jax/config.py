@@ -302,6 +302,7 @@ def _training(*, learning_rate: float, length: str, batch_size: int) -> ConfigDi
             clip=1.0,  # global gradient norm
             validate="10 %",  # interval of validation HR@1
             keep="best",  # best | last: hand on the parameters of the best validation HR@1, or the last ones
-            max_bad_steps=10,  # updates skipped for a non-finite loss or gradient before the run is aborted
+            spike=0.0,  # skip updates whose loss is so many standard deviations above its running mean; 0 = take all
+            max_bad_steps=10,  # updates skipped (spikes, non-finite losses or gradients) before the run is aborted
         )
     )

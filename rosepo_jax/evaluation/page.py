@@ -368,7 +368,23 @@ def _speed(material: Material) -> str:
         "without padding; useful: their share of all that are processed. MFU: model FLOPs of all tokens processed over "
         "the peak of the devices. Memory: of one device; of CPUs what the program needs."
     )
-    return table(["stage", *(column for column, _ in report.SPEED.values())], rows, caption)
+    rates = table(["stage", *(column for column, _ in report.SPEED.values())], rows, caption)
+    return rates + _goodput(material)
+
+
+def _goodput(material: Material) -> str:
+    rows = [
+        [stage, number(total), *(f"{value / total:.1%}" for value in seconds.values())]
+        for stage, seconds in material.spent.items()
+        if (total := sum(seconds.values()))
+    ]
+    caption = (
+        "Where the time went, over all starts of a stage. Goodput is the share of `step`: updates that count. init: "
+        "until the first update; data: waiting for batches; evaluation: on validation rows; lost: updates, with what "
+        "was done between them, that a start had made since the checkpoint from which the next one went on."
+    )
+    buckets = next(iter(material.spent.values()), {})
+    return table(["stage", "seconds", *buckets], rows, caption)
 
 
 def _pairs(material: Material) -> str:

@@ -112,6 +112,7 @@ class Material:
     catalogue: Catalogue | None = None  # of the raw ids in the predictions
     statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     metrics: Mapping[str, list[dict]] = dataclasses.field(default_factory=dict)  # rows of metrics.jsonl by stage
+    spent: Mapping[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # `goodput.totals` by stage
     pairs: Mapping[str, list] = dataclasses.field(default_factory=dict)  # columns epsilon, strategy, flipped
     manifests: Mapping[str, dict] = dataclasses.field(default_factory=dict)  # by stage
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -488,6 +489,7 @@ def summary(material: Material) -> dict:
         "defects": list(results.get("defects", ())),
         "left_out": list(results.get("notes", ())),
         "training": {stage: figures for stage, rows in material.metrics.items() if (figures := speed(rows))},
+        "seconds": {stage: dict(seconds) for stage, seconds in material.spent.items()},
         "protocol_hashes": {protocol: found.get("hash") for protocol, found in results["protocols"].items()},
         "config_hash": material.manifests.get("evaluate", {}).get("resolved_config_hash"),
         "versions": versions(material),

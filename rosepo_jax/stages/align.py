@@ -24,7 +24,7 @@ from rosepo_jax.preference.objectives import Objective
 from rosepo_jax.preference.oracle import Oracle
 from rosepo_jax.preference.smoothing import Smoothing
 from rosepo_jax.stages import sft
-from rosepo_jax.training import flops, loop, policy, sharding
+from rosepo_jax.training import flops, goodput, loop, policy, sharding
 from rosepo_jax.training.step import Task
 
 NAME, INPUTS, RESUMABLE = "align", ("prepare", "oracle", "sft", "pairs"), True
@@ -32,7 +32,7 @@ KEYS = ("seed", "data", "model", "align", "checkpoint.every")
 
 
 def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) -> dict:
-    a = config.align
+    clock, a = goodput.Clock(), config.align
     catalogue = Catalogue.load(inputs["prepare"] / "catalogue.jsonl")
     validation = store.read(inputs["prepare"] / "dataset", "validation")
     rows = pairs.read(inputs["pairs"] / "pairs.parquet")
@@ -58,6 +58,7 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
     }
     return loop.train(
         name=NAME,
+        clock=clock,
         config=config,
         settings=a,
         out=out,

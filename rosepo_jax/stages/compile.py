@@ -177,7 +177,7 @@ def _training(
         state = jax.eval_shape(functools.partial(init_state, transformation=transformation), trainable)
         layout = loop.state_sharding(mesh, state)
         function = jax.jit(
-            functools.partial(train_step, task, transformation, schedule, settings.accumulate),
+            functools.partial(train_step, task, transformation, schedule, settings.accumulate, spike=settings.spike),
             donate_argnums=0,
             out_shardings=(layout, None),
         )

@@ -16,7 +16,7 @@ from rosepo_jax.decoding import rank
 from rosepo_jax.evaluation import predictions, probes, protocols, published, significance, summary
 from rosepo_jax.preference.oracle import Oracle
 from rosepo_jax.stages import oracle, runtime, sft
-from rosepo_jax.training import flops, loop, optimizer, policy, sharding
+from rosepo_jax.training import flops, goodput, loop, optimizer, policy, sharding
 
 NAME, INPUTS, RESUMABLE = "evaluate", ("prepare", "oracle", "sft", "pairs", "align"), True
 KEYS = ("seed", "data", "model", "evaluate", "sft", "align", "checkpoint.every")
@@ -108,6 +108,7 @@ def calibration(folder: pathlib.Path, rows: Rows) -> dict:
 
 def train_more(config, model: policy.Policy, catalogue: Catalogue, data: dict, inputs, out: pathlib.Path) -> dict:
     """The control: SFT goes on, with its own learning rate, for alignment's steps on alignment's rows."""
+    clock = goodput.Clock()
     rows = pairs.read(inputs["pairs"] / "pairs.parquet")
     settings = config.sft.copy_and_resolve_references()
     settings.batch_size, settings.accumulate = config.align.batch_size, config.align.accumulate
@@ -121,6 +122,7 @@ def train_more(config, model: policy.Policy, catalogue: Catalogue, data: dict, i
     titles = TitleTable(model.encoder, catalogue.titles)
     return loop.train(
         name="sft_more",
+        clock=clock,
         config=config,
         settings=settings,
         out=out,

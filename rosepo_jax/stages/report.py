@@ -9,6 +9,7 @@ from rosepo_jax import distributed, files
 from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.evaluation import page, report
 from rosepo_jax.stages import STAGES, runtime
+from rosepo_jax.training import goodput
 
 NAME = "report"
 INPUTS = ("evaluate",)  # whose identity covers every stage before it; their folders are read where they are there
@@ -53,6 +54,11 @@ def material(config: ConfigDict, workdir: pathlib.Path) -> report.Material:
             verb: files.read_jsonl(path)
             for verb in stages
             if verb in ("oracle", "sft", "align") and (path := workdir / verb / "metrics.jsonl").exists()
+        },
+        spent={
+            folder.name: goodput.totals(lines)
+            for folder in (workdir / "sft", workdir / "align", workdir / "evaluate" / "sft_more")
+            if (lines := goodput.read(folder / goodput.FILE))
         },
         pairs=_pairs(workdir / "pairs" / "pairs.parquet") if "pairs" in stages else {},
         manifests={verb: files.read_json(workdir / verb / runtime.MANIFEST) for verb in stages},

@@ -20,7 +20,7 @@ from rosepo_jax.decoding import rank
 from rosepo_jax.errors import UserError
 from rosepo_jax.evaluation import metrics
 from rosepo_jax.preference.logprobs import batch_logps
-from rosepo_jax.training import flops, loop, policy, sharding
+from rosepo_jax.training import flops, goodput, loop, policy, sharding
 from rosepo_jax.training.step import Task
 
 NAME, INPUTS, RESUMABLE = "sft", ("prepare",), True
@@ -28,6 +28,7 @@ KEYS = ("seed", "data", "model", "sft", "checkpoint.every")
 
 
 def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) -> dict:
+    clock = goodput.Clock()
     catalogue = Catalogue.load(inputs["prepare"] / "catalogue.jsonl")
     rows = store.source(inputs["prepare"] / "dataset", "train")
     validation = store.read(inputs["prepare"] / "dataset", "validation")
@@ -38,6 +39,7 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
     encode = functools.partial(encode_rows, model, catalogue, titles, rows)
     figures = loop.train(
         name=NAME,
+        clock=clock,
         config=config,
         settings=config.sft,
         out=out,

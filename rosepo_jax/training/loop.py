@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 
 from rosepo_jax import distributed
 from rosepo_jax.errors import Preempted, UserError
-from rosepo_jax.training import checkpoint, flops, optimizer, sharding
+from rosepo_jax.training import checkpoint, flops, goodput, optimizer, sharding
 from rosepo_jax.training.metrics import Batch, MetricWriter, Throughput, peak_memory, progress
 from rosepo_jax.training.profile import Profiler
 from rosepo_jax.training.step import Task, TrainState, init_state, train_step
@@ -23,6 +24,7 @@ from rosepo_jax.training.step import Task, TrainState, init_state, train_step
 def train(
     *,
     name: str,
+    clock: goodput.Clock,
     config: ConfigDict,
     settings: ConfigDict,
     out: pathlib.Path,
@@ -39,7 +41,7 @@ def train(
 ) -> dict[str, float]:
     """Trains `trainable` for `settings.length` updates and leaves the best or the last parameters in `out`/model.
 
-    `trainable` is used up: its buffers become the training state.
+    `trainable` is used up: its buffers become the training state. `clock` began with the stage.
 
     `stream(start=, stop=)` yields this host's batches; `validate` gives metrics with "HR@1", the figure that chooses;
     `first` sees the metrics of the very first update; `work` counts the FLOPs of an update by its batch. Resumes from
@@ -67,15 +69,17 @@ def train(
     if (found := checkpoints.restore(state)) is not None:
         state, meta = found
     writer = MetricWriter(out, tensorboard=config.log.tensorboard, resume_step=meta["step"] if found else -1)
+    journal = goodput.Journal(out, clock)
+    journal.line(meta["step"], always=True)
 
     # ---- Step: the state is donated, the frozen parameters never ---------------------------------------------------
     step = jax.jit(
-        functools.partial(train_step, task, transformation, schedule, settings.accumulate),
+        functools.partial(train_step, task, transformation, schedule, settings.accumulate, spike=settings.spike),
         donate_argnums=0,
         out_shardings=(layout, None),
     )
     peak = config.log.peak_flops or flops.peak(mesh.devices.flat[0])
-    throughput = Throughput(work, peak and peak * mesh.size)
+    throughput = Throughput(clock, settings.batch_size, work, peak and peak * mesh.size)
     programs: dict[Any, jax.stages.Compiled] = {}
     compiled: dict[str, float] = {}  # how long it took, until a line says so
 
@@ -84,7 +88,7 @@ def train(
         shapes = tuple(x.shape for x in jax.tree.leaves(batch))
         if shapes not in programs:
             jax.block_until_ready(state)
-            with throughput.paused():
+            with clock.spent("compile"):
                 started = time.perf_counter()
                 programs[shapes] = step.lower(state, frozen, batch).compile()
                 compiled["compile_seconds"] = compiled.get("compile_seconds", 0.0) + time.perf_counter() - started
@@ -92,12 +96,15 @@ def train(
 
     def check(number: int, trainable: Mapping[str, jax.Array]) -> None:
         """Validates; what the stage hands on are the best parameters so far, or simply the latest."""
-        figures = validate(trainable)
+        jax.block_until_ready(trainable)
+        with clock.spent("evaluation"):
+            figures = validate(trainable)
         writer.scalars(number, {f"validation/{key}": value for key, value in figures.items()})
         better = meta["kept"] is None or figures["HR@1"] > meta["kept"]["HR@1"]
         meta["stale"] = 0 if better else meta["stale"] + 1
         if better or settings.keep == "last":
-            checkpoint.save_params(out / "model", trainable)
+            with clock.spent("checkpoint"):
+                checkpoint.save_params(out / "model", trainable)
             meta["kept"] = figures | {"step": number}
 
     # ---- Loop: while an update runs, the metrics of the one before it are read and the batch of the next one is sent
@@ -115,13 +122,17 @@ def train(
         ids = batch["row_B"]
         throughput.count(batch)
         metrics = {key: float(value) for key, value in jax.device_get(device_metrics).items()}
-        skipped = not metrics.pop("finite")
+        skipped = not metrics.pop("taken")
         if skipped:
-            meta.setdefault("bad", []).append([number, *map(int, ids[:8])])
+            ids = sorted(map(int, ids))
+            meta.setdefault("bad", []).append([number, *ids[:8]])
+            what = f"{name}: update {number} skipped (loss {metrics['loss']:.4g}, gradient {metrics['grad_norm']:.4g})"
+            print(f"{what}; its rows {' '.join(map(str, ids))}", file=sys.stderr, flush=True)
             if len(meta["bad"]) > settings.max_bad_steps:
                 raise UserError(
-                    f"{name}: {len(meta['bad'])} updates had a non-finite loss or gradient and were skipped, "
-                    f"more than {name}.max_bad_steps={settings.max_bad_steps}; last at update {number}, rows {ids[:8]}"
+                    f"{name}: {len(meta['bad'])} updates were skipped for a loss or gradient that is not finite, or a "
+                    f"loss above {name}.spike, more than {name}.max_bad_steps={settings.max_bad_steps}; last at update "
+                    f"{number}, rows {ids[:8]}"
                 )
             metrics = {key: value for key, value in metrics.items() if math.isfinite(value)} | {"skipped": 1.0}
         elif number == 1:
@@ -136,9 +147,10 @@ def train(
     stop = start if lost_patience() else total
     with contextlib.ExitStack() as stack:
         stack.enter_context(distributed.deferred())
-        for closed in (writer, checkpoints, profiler):
+        stack.enter_context(clock.spent("step"))
+        for closed in (writer, journal, checkpoints, profiler):
             stack.enter_context(contextlib.closing(closed))
-        batches = throughput.waiting(stream(start=start, stop=stop))
+        batches = clock.waiting(stream(start=start, stop=stop))
         for number, batch in zip(progress(range(start + 1, stop + 1), name), batches):
             on_device = sharding.to_device(mesh, batch)
             update = program(on_device)
@@ -149,22 +161,23 @@ def train(
             distributed.alive()
             if late is not None:
                 report(late)
+                journal.line(number - 1)
             late = (number, metrics, batch)
             meta["step"] = number
             ended = number == total
             if number % every[f"{name}.validate"] == 0 or ended:
                 report(late)
                 late = None
-                with throughput.paused():
-                    check(number, state.trainable)
+                check(number, state.trainable)
                 ended |= lost_patience()
             preempted = distributed.told_to_stop()
             if number % every["checkpoint.every"] == 0 or ended or preempted:
                 if late is not None:
                     report(late)
                     late = None
-                with throughput.paused():
+                with clock.spent("checkpoint"):
                     checkpoints.save(number, state, meta)
+                journal.line(number, always=True)
             if preempted and not ended:
                 raise Preempted(f"{name}: told to stop, and saved update {number} of {total}")
             if ended:

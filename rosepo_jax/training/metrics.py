@@ -1,6 +1,5 @@
 """What a run says while it goes: metrics.jsonl, TensorBoard event files (without TensorFlow), progress."""
 
-import contextlib
 import json
 import math
 import os
@@ -14,6 +13,7 @@ import jax
 
 from rosepo_jax import distributed, files
 from rosepo_jax.data import layouts
+from rosepo_jax.training.goodput import Clock
 
 Batch = Mapping[str, Any]
 
@@ -92,7 +92,7 @@ class MetricWriter:
 class Throughput:
     """How fast updates go: over those counted since the last reading, all hosts together.
 
-    Time that updates do not take (compilation, validation, checkpoints) is `paused`.
+    Only time of updates and waiting for their batches counts: `clock`'s buckets step and data.
 
         prompts_per_second, pairs_per_second    rows, and rows times rejected responses
         tokens_per_second                       that are no padding
@@ -102,61 +102,53 @@ class Throughput:
         mfu                                     their share of `peak`
 
     Args:
+        batch_size: prompts of an update, over all hosts; a host's part stands for all of it
         flops: FLOPs of an update, from this host's part of its batch; None: not known, and neither are those per second
         peak: FLOP/s of all devices together; None: not known, and neither is mfu
     """
 
-    def __init__(self, flops: Callable[[Batch], float] | None = None, peak: float | None = None) -> None:
-        self.flops, self.peak = flops, peak
+    def __init__(
+        self,
+        clock: Clock,
+        batch_size: int,
+        flops: Callable[[Batch], float] | None = None,
+        peak: float | None = None,
+    ) -> None:
+        self.clock, self.batch_size, self.flops, self.peak = clock, batch_size, flops, peak
         self._restart()
 
     def _restart(self) -> None:
-        self._since = time.perf_counter()
-        self._waited = self._flops = 0.0
-        self._prompts = self._pairs = self._processed = self._useful = 0
+        self._since = self.clock.seconds()
+        self._prompts = self._pairs = 0
+        self._processed = self._useful = self._flops = 0.0
 
     def count(self, batch: Batch) -> None:
         """Counts one update by its host's part of the batch."""
         B, R = batch["count_BxR"].shape
+        scale = self.batch_size / B
         processed, useful = layouts.tokens(batch)
-        self._prompts += B
-        self._pairs += B * (R - 1)
-        self._processed += processed
-        self._useful += useful
-        self._flops += self.flops(batch) if self.flops else 0.0
-
-    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Passes on batches; until there is one, the loop waits."""
-        while True:
-            started = time.perf_counter()
-            batch = next(batches, None)
-            self._waited += time.perf_counter() - started
-            if batch is None:
-                return
-            yield batch
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves out time that is not spent on updates."""
-        started = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - started
+        self._prompts += self.batch_size
+        self._pairs += self.batch_size * (R - 1)
+        self._processed += processed * scale
+        self._useful += useful * scale
+        self._flops += self.flops(batch) * scale if self.flops else 0.0
 
     def read(self) -> dict[str, float]:
-        seconds = max(time.perf_counter() - self._since, 1e-9)
-        scale = jax.process_count() / seconds
+        now = self.clock.seconds()
+        step, data = (now[bucket] - self._since[bucket] for bucket in ("step", "data"))
+        seconds = max(step + data, 1e-9)
         rates = {
-            "prompts_per_second": self._prompts * scale,
-            "tokens_per_second": self._useful * scale,
+            "prompts_per_second": self._prompts / seconds,
+            "tokens_per_second": self._useful / seconds,
             "tokens_useful": self._useful / max(self._processed, 1),
-            "input_stall": self._waited / seconds,
+            "input_stall": data / seconds,
         }
         if self._pairs:
-            rates["pairs_per_second"] = self._pairs * scale
+            rates["pairs_per_second"] = self._pairs / seconds
         if self.flops:
-            rates["flops_per_second"] = self._flops * scale
+            rates["flops_per_second"] = self._flops / seconds
             if self.peak:
-                rates["mfu"] = self._flops * scale / self.peak
+                rates["mfu"] = self._flops / seconds / self.peak
         self._restart()
         return rates
 

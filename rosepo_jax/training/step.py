@@ -11,21 +11,26 @@ import optax
 
 Batch = Mapping[str, jax.Array]
 
+DECAY = 0.98  # of the running means of the loss
+FAMILIAR = 20  # updates after which it is known what a usual loss is
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What an update changes: update count, trainable parameters, optimiser state, updates skipped as non-finite."""
+    """What an update changes: update count, trainable parameters, optimiser state, updates skipped, and the running
+    means of the loss and its square over the others (Adam's: from 0, to be divided by 1 - DECAY^updates)."""
 
     step: jax.Array
     trainable: Mapping[str, jax.Array]
     optimizer: Any
     skipped: jax.Array
+    losses_2: jax.Array
 
 
 def init_state(trainable: Mapping[str, jax.Array], transformation: optax.GradientTransformation) -> TrainState:
     zero = functools.partial(jnp.zeros, (), jnp.int32)  # a buffer each: the state is donated
-    return TrainState(zero(), dict(trainable), transformation.init(dict(trainable)), zero())
+    return TrainState(zero(), dict(trainable), transformation.init(dict(trainable)), zero(), jnp.zeros(2, jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,24 +100,37 @@ def train_step(
     state: TrainState,
     frozen: Any,
     batch: Batch,
+    *,
+    spike: float = 0.0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update of `state`. A non-finite loss or gradient leaves parameters and optimiser bitwise as they were."""
+    """One update of `state`. A non-finite loss or gradient leaves parameters and optimiser bitwise as they were; so
+    does a loss more than `spike` standard deviations above its running mean (0: none is too high)."""
     gradient, metrics = gradients(task, state.trainable, frozen, batch, accumulate)
     norm = optax.global_norm(gradient)
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    taken = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    if spike:
+        taken &= ~_is_spike(metrics["loss"], state, spike)
     updates, optimizer = transformation.update(gradient, state.optimizer, dict(state.trainable))
     trainable = optax.apply_updates(dict(state.trainable), updates)
 
     def keep(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        return jax.tree.map(lambda n, o: jnp.where(taken, n, o), new, old)
 
-    metrics |= {"grad_norm": norm, "learning_rate": schedule(state.step), "finite": finite}
+    seen_2 = jnp.stack([metrics["loss"], metrics["loss"] ** 2]).astype(jnp.float32)
+    metrics |= {"grad_norm": norm, "learning_rate": schedule(state.step), "taken": taken}
     return (
         TrainState(
             state.step + 1,
             keep(trainable, dict(state.trainable)),
             keep(optimizer, state.optimizer),
-            state.skipped + jnp.where(finite, 0, 1),
+            state.skipped + jnp.where(taken, 0, 1),
+            keep(DECAY * state.losses_2 + (1 - DECAY) * seen_2, state.losses_2),
         ),
         metrics,
     )
+
+
+def _is_spike(loss: jax.Array, state: TrainState, spike: float) -> jax.Array:
+    taken = state.step - state.skipped
+    mean, square = state.losses_2 / (1 - DECAY ** jnp.maximum(taken, 1))
+    return (taken >= FAMILIAR) & (loss > mean + spike * jnp.sqrt(jnp.maximum(square - mean**2, 0.0)))

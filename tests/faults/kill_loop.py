@@ -2,8 +2,9 @@
 
     python tests/faults/kill_loop.py --kills=50 [--processes=2] [--config=configs/demo.py:smoke] [--seed=0]
 
-An undisturbed run comes first, and says how long one takes. Then SIGKILL falls at random instants, drawn over a whole
-run, of `rosepo run`, or of all of `--processes` at once, until so many kills have hit; the last start runs to its end.
+Two undisturbed runs come first: they must be equal, and the second, whose programs are compiled, says how long a run
+takes. Then SIGKILL falls upon `rosepo run`, or all of `--processes` at once, at a random instant of every start, until
+so many kills have hit; the last start runs to its end. A run that ends before is compared too, and another begun.
 results.json, the parameters of every model and the curves (but for what clocks decide) must be the same bit for bit.
 """
 
@@ -46,13 +47,19 @@ def start(words: Sequence[str], cache: pathlib.Path) -> subprocess.Popen:
 
 def outcome(workdir: pathlib.Path) -> dict[str, object]:
     """What must not depend on kills: results, parameters, curves."""
+    import jax
     import numpy as np
     import orbax.checkpoint as ocp
+
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     found: dict[str, object] = {"results": json.loads((workdir / "evaluate" / "results.json").read_text())}
     for folder in ("sft", "align", "evaluate/sft_more"):
         with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore((workdir / folder / "model").absolute())
+            path = (workdir / folder / "model").absolute()
+            stored = checkpointer.metadata(path).item_metadata.tree
+            target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in stored.items()}
+            params = checkpointer.restore(path, target)
         found[f"{folder}: parameters"] = {
             path: hashlib.sha256(np.asarray(value).tobytes()).hexdigest() for path, value in params.items()
         }
@@ -82,20 +89,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             settings = [f"--config={args.config}", f"--workdir={folder / name}", "--config.checkpoint.every=2 steps"]
             return command(args.processes, ["run", *settings])
 
-        began = time.monotonic()
-        child = start(words("undisturbed"), folder / "cache")
-        said, _ = child.communicate(timeout=LIMIT)
-        if child.returncode:
-            raise SystemExit(said)
-        taken = time.monotonic() - began
-        expected = outcome(folder / "undisturbed")
+        def undisturbed(name: str) -> tuple[float, dict[str, object]]:
+            began = time.monotonic()
+            child = start(words(name), folder / "cache")
+            said, _ = child.communicate(timeout=LIMIT)
+            if child.returncode:
+                raise SystemExit(said)
+            return time.monotonic() - began, outcome(folder / name)
+
+        _, expected = undisturbed("first")
+        taken, again = undisturbed("second")
+        compare(expected, again)
         print(f"undisturbed: {taken:.0f} s", flush=True)
-        hits, starts = 0, 0
-        while True:
+        hits, starts, whole = 0, 0, 0
+        while not whole or hits < args.kills:
             child, starts = start(words("killed"), folder / "cache"), starts + 1
             try:
-                # Late instants are drawn too, though a run that goes on is shorter than a whole one.
-                said, _ = child.communicate(timeout=draw.uniform(0.0, taken) if hits < args.kills else LIMIT)
+                # Half a run: most starts come to be killed, and each comes further than the one before.
+                said, _ = child.communicate(timeout=draw.uniform(0.0, taken / 2) if hits < args.kills else LIMIT)
             except subprocess.TimeoutExpired:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.communicate()
@@ -104,13 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             if child.returncode:
                 raise SystemExit(f"status {child.returncode} after {hits} kills:\n{said}")
-            if hits >= args.kills:
-                break
-            found = outcome(folder / "killed")
-            compare(expected, found)
-            shutil.rmtree(folder / "killed")  # done before all kills have hit: once more from the start
-        compare(expected, outcome(folder / "killed"))
-    print(f"{hits} kills, {starts} starts: bit for bit the undisturbed run")
+            compare(expected, outcome(folder / "killed"))
+            shutil.rmtree(folder / "killed")
+            whole += 1
+    print(f"{hits} kills, {starts} starts, {whole} whole runs: bit for bit the undisturbed one")
     return 0
 
 

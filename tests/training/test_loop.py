@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from rosepo_jax import config as defaults
 from rosepo_jax.errors import UserError
-from rosepo_jax.training import checkpoint, loop, sharding
+from rosepo_jax.training import checkpoint, goodput, loop, sharding
 from rosepo_jax.training.metrics import MEASURED
 from rosepo_jax.training.step import Task
 
@@ -82,8 +82,8 @@ def train(
     config.sft.update(keys)
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2, 1), sharding.AXES)
     return loop.train(
-        name="sft", config=config, settings=config.sft, out=pathlib.Path(out), mesh=mesh, task=task,
-        trainable=sharding.place(mesh, {"embedding": START}), frozen={"zero": jnp.zeros((BATCH,))},
+        name="sft", clock=goodput.Clock(), config=config, settings=config.sft, out=pathlib.Path(out), mesh=mesh,
+        task=task, trainable=sharding.place(mesh, {"embedding": START}), frozen={"zero": jnp.zeros((BATCH,))},
         rows=100, stream=stream, validate=validate, first=first, work=lambda batch: 1e6,
     )  # fmt: skip
 
@@ -222,11 +222,27 @@ def test_skipped_updates_are_counted_in_their_rows(tmp_path):
 
 
 def test_too_many_skipped_updates_end_the_run_naming_rows(tmp_path):
-    with pytest.raises(UserError, match=r"3 updates .*sft\.max_bad_steps=2; last at update 9, rows \[8000 8001"):
+    with pytest.raises(UserError, match=r"3 updates .*sft\.max_bad_steps=2; last at update 9, rows \[8000, 8001"):
         train(tmp_path, stream=poisoned(4, 7, 9), max_bad_steps=2)
     # The count survives a restart: the budget belongs to the run.
     with pytest.raises(UserError, match="3 updates"):
         train(tmp_path, stream=poisoned(4, 7, 9), max_bad_steps=2)
+
+
+def test_what_is_skipped_is_said_with_its_rows(tmp_path, capsys):
+    train(tmp_path, stream=poisoned(4), max_bad_steps=2)
+    said = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert len(said) == 1
+    assert said[0].startswith("sft: update 4 skipped (loss nan, gradient nan); its rows 3000 3001 3002 ")
+
+
+def test_the_journal_accounts_for_the_time_of_the_stage(tmp_path):
+    train(tmp_path)
+    lines = goodput.read(tmp_path / goodput.FILE)
+    assert lines[0]["update"] == 0 and lines[-1]["update"] == STEPS
+    found = goodput.totals(lines)
+    assert all(found[bucket] > 0 for bucket in ("init", "compile", "data", "step", "checkpoint", "evaluation"))
+    assert found["lost"] == 0
 
 
 def test_the_first_metrics_are_shown_once(tmp_path):

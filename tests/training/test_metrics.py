@@ -102,48 +102,52 @@ def batch(rows=4):
     return {"parts": (part, part), "count_BxR": rejected}
 
 
-def test_rates_count_useful_tokens_prompts_pairs_and_flops(monkeypatch):
-    clock = iter([10.0, 12.0, 12.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    throughput = Throughput(flops=lambda batch: 1e6 * len(batch["parts"]), peak=8e6)
+class By:
+    """A clock whose seconds are set by hand."""
+
+    def __init__(self):
+        self.step = self.data = 0.0
+
+    def seconds(self):
+        return {"step": self.step, "data": self.data, "compile": 1000.0 * self.step}
+
+
+def test_rates_count_useful_tokens_prompts_pairs_and_flops():
+    clock = By()
+    throughput = Throughput(clock, batch_size=4, flops=lambda batch: 1e6 * len(batch["parts"]), peak=8e6)
     throughput.count(batch())
+    clock.step, clock.data = 1.5, 0.5
     assert throughput.read() == {
         "prompts_per_second": 2.0,
         "pairs_per_second": 4.0,
         "tokens_per_second": 14.0,
         "tokens_useful": 7 / 9,
-        "input_stall": 0.0,
+        "input_stall": 0.25,
         "flops_per_second": 1e6,
         "mfu": 0.125,
     }
+    throughput.count(batch())
+    clock.step += 1.0
+    found = throughput.read()
+    assert found["input_stall"] == 0.0 and found["prompts_per_second"] == 4.0  # since the last reading only
+
+
+def test_a_hosts_part_stands_for_the_whole_batch():
+    """Two hosts of four prompts each, whether they hold other rows or share them."""
+    clock = By()
+    throughput = Throughput(clock, batch_size=8, flops=lambda batch: 1e6)
+    throughput.count(batch())
+    clock.step = 2.0
+    found = throughput.read()
+    assert found["prompts_per_second"] == 4.0 and found["tokens_per_second"] == 28.0
+    assert found["flops_per_second"] == 1e6 and found["tokens_useful"] == 7 / 9
 
 
 def test_what_is_not_known_is_not_claimed():
-    throughput = Throughput()
+    throughput = Throughput(By(), batch_size=4)
     throughput.count(batch() | {"count_BxR": np.ones((4, 1))})
     assert not throughput.read().keys() & {"pairs_per_second", "flops_per_second", "mfu"}
-    assert "mfu" not in Throughput(flops=lambda batch: 1.0).read()
-
-
-def test_waiting_for_batches_is_stall_and_pauses_are_no_time(monkeypatch):
-    """A clock that moves by hand: 1 s until the first batch, 3 s of work, 100 s of pause, no second batch."""
-    now = [0.0]
-    monkeypatch.setattr("time.perf_counter", lambda: now[0])
-
-    def slow():
-        now[0] += 1
-        yield batch()
-
-    throughput = Throughput()
-    for one in throughput.waiting(slow()):
-        now[0] += 3
-        with throughput.paused():
-            now[0] += 100
-        throughput.count(one)
-    found = throughput.read()
-    assert found["input_stall"] == 0.25 and found["prompts_per_second"] == 1.0
-    now[0] += 2
-    assert throughput.read()["input_stall"] == 0.0
+    assert "mfu" not in Throughput(By(), batch_size=4, flops=lambda batch: 1.0).read()
 
 
 def test_peak_memory_is_what_devices_say_else_what_programs_need(monkeypatch):

@@ -214,11 +214,11 @@ def test_a_non_finite_update_changes_no_bit_and_is_counted(compiled, poison):
     batch = tiny.batch()
     poisoned = [part | {"prompt_BxP": np.zeros_like(part["prompt_BxP"])} for part in batch["parts"]]
     after, metrics = update(state, reference, batch | {"parts": tuple(poisoned)})
-    assert not metrics["finite"]
+    assert not metrics["taken"]
     assert bits_equal(after.trainable, before.trainable) and bits_equal(after.optimizer, before.optimizer)
     assert int(after.step) == 2 and int(after.skipped) == 1
     again, metrics = update(after, tiny.frozen(params), tiny.batch(1))
-    assert metrics["finite"] and int(again.skipped) == 1 and not bits_equal(again.trainable, before.trainable)
+    assert metrics["taken"] and int(again.skipped) == 1 and not bits_equal(again.trainable, before.trainable)
 
 
 def test_a_non_finite_gradient_of_a_finite_loss_is_skipped():
@@ -230,5 +230,41 @@ def test_a_non_finite_gradient_of_a_finite_loss_is_skipped():
     )
     state = init_state({"w": jnp.zeros(())}, OPTIMIZER)
     after, metrics = train_step(task, OPTIMIZER, SCHEDULE, 1, state, {}, {"x": jnp.zeros((1,))})
-    assert float(metrics["loss"]) == 0.0 and not metrics["finite"]
+    assert float(metrics["loss"]) == 0.0 and not metrics["taken"]
     assert float(after.trainable["w"]) == 0.0 and int(after.skipped) == 1
+
+
+def losses(values, spike):
+    """Runs updates whose losses are these, and says which were taken."""
+    task = Task(
+        forward=lambda trainable, frozen, batch: 0.0 * trainable["w"][None] + batch["x"],
+        constants=lambda frozen, batch: batch["x"],
+        loss=lambda logps, constants, batch: (logps.sum(), {"loss": logps.sum()}),
+    )
+    update = jax.jit(functools.partial(train_step, task, OPTIMIZER, SCHEDULE, 1, spike=spike))
+    state, taken = init_state({"w": jnp.zeros(())}, OPTIMIZER), []
+    for value in values:
+        state, metrics = update(state, {}, {"x": jnp.array([value])})
+        taken.append(bool(metrics["taken"]))
+    return state, taken
+
+
+def test_a_spike_is_far_above_the_usual_loss():
+    """Mean and deviation over the updates so far that were taken, in float64; the first 20 are never spikes."""
+    generator = np.random.default_rng(0)
+    values = generator.normal(2.0, 0.1, 60).astype(np.float32)
+    values[[5, 30, 31, 45]] = 30.0, 30.0, 9.0, -30.0  # too early; two spikes; a low loss is none
+    mean = square = 0.0
+    count, expected = 0, []
+    for value in map(float, values):
+        scale = 1 - 0.98**count
+        spike = count >= 20 and value > mean / scale + 4.0 * np.sqrt(square / scale - (mean / scale) ** 2)
+        expected.append(not spike)
+        if not spike:
+            count, mean, square = count + 1, 0.98 * mean + 0.02 * value, 0.98 * square + 0.02 * value**2
+    state, taken = losses(values, spike=4.0)
+    assert taken == expected
+    assert taken[5] and not taken[30] and taken[45]
+    assert int(state.skipped) == expected.count(False) > 0
+    np.testing.assert_allclose(state.losses_2, [mean, square], rtol=1e-5)
+    assert all(losses(values, spike=0.0)[1])
