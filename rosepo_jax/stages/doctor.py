@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(config: "ConfigDict | None", _args: argparse.Namespace) -> int:
+def main(config: "ConfigDict | None", args: argparse.Namespace) -> int:
     print(f"rosepo_jax {rosepo_jax.__version__}, Python {platform.python_version()}, {platform.platform()}")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     disk = shutil.disk_usage(".").free / GIB
@@ -49,7 +49,7 @@ def main(config: "ConfigDict | None", _args: argparse.Namespace) -> int:
     if reason := known_bad():
         problems.append(reason)
     else:
-        problems += _devices()
+        problems += _devices(args.distributed)
     if config is not None and not problems:
         problems += _memory(config)
     for problem in problems:
@@ -108,15 +108,19 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _devices() -> list[str]:
-    """Prints the devices that JAX sees; returns what is wrong with them."""
+def _devices(joined: bool) -> list[str]:
+    """Prints the devices that JAX sees, of all processes where this one is `joined`; returns what is wrong."""
     try:
         import jax
 
+        if joined:
+            _processes()
         devices = jax.devices()
+    except UserError as error:
+        return [str(error)]
     except Exception as error:  # whatever is broken in the installation, the user should read it here
         return [f"jax finds no device: {type(error).__name__}: {str(error).splitlines()[0]}"]
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
     memory = f", {limits[0] / GIB:.1f} GiB each" if limits[0] else ""
     print(f"devices: {len(devices)} x {devices[0].device_kind} ({jax.default_backend()}{memory})")
     if jax.default_backend() == "cpu" and pathlib.Path("/dev/nvidiactl").exists():
@@ -124,6 +128,22 @@ def _devices() -> list[str]:
     if jax.default_backend() == "cpu" and any(pathlib.Path("/dev").glob("accel[0-9]*")):
         return ["a TPU is here but jax uses the CPU: pip install 'rosepo-jax[tpu]'"]
     return []
+
+
+def _processes() -> None:
+    """Joins the other processes, and prints which answered; their devices exchange a number, so that a network that
+    lets hosts talk but not accelerators is found here."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    from rosepo_jax import distributed
+
+    distributed.start()
+    hosts = distributed.gather("doctor", 0, f"{platform.node()} ({len(jax.local_devices())} devices)")
+    said = multihost_utils.process_allgather(jax.process_index())
+    if list(map(int, said)) != list(range(jax.process_count())):
+        raise UserError(f"devices of {jax.process_count()} processes exchanged wrong numbers: {said}")
+    print(f"processes: {len(hosts)}, this is {jax.process_index()}: {', '.join(hosts)}")
 
 
 _ROWS = {

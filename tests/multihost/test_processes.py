@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 LAUNCHER = REPOSITORY / "launch" / "local_processes.py"
 SMOKE = "--config=configs/demo.py:smoke"
 TRAINED = ("sft", "align", "evaluate/sft_more")
+OFTEN = ("--config.checkpoint.every=1 steps",)
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +66,7 @@ def curve(workdir, stage):
     return [{k: v for k, v in row.items() if k not in MEASURED} for row in lines(workdir / stage / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("shape", [(2, 2), (1, 4)])
+@pytest.mark.parametrize("shape", [(2, 2), (1, 4), (4, 1)])
 def test_processes_and_devices_compute_what_one_does(finished, shape):
     alone, together = finished(1, 1), finished(*shape)
     for stage in TRAINED:
@@ -95,21 +98,49 @@ def children_of(pid):
     return list(map(int, pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
-def test_a_notice_to_one_stops_all_at_one_update_and_they_go_on_from_there(launch, finished, tmp_path):
-    """SIGTERM to the second process only: both save the same update and end with status 75."""
-    workdir = tmp_path / "run"
-    words = ("run", SMOKE, f"--workdir={workdir}", "--config.checkpoint.every=1 steps")
-    child = launch(2, 2, *words)
+def test_the_doctor_sees_all_processes(launch):
+    child = launch(2, 2, "doctor")
+    said, _ = child.communicate(timeout=300)
+    assert child.returncode == 0, said
+    for process in range(2):
+        assert f"[{process}] processes: 2, this is {process}: " in said
+        assert f"[{process}] devices: 4 x cpu" in said
+
+
+@pytest.fixture(scope="session")
+def stopped(launch, tmp_path_factory):
+    """A run of 2 x 2 whose second process alone got SIGTERM during alignment: its workdir, update and output."""
+    workdir = tmp_path_factory.mktemp("stopped") / "run"
+    child = launch(2, 2, "run", SMOKE, f"--workdir={workdir}", *OFTEN)
     wait_for(workdir / "align" / "checkpoints" / "2", child)
     os.kill(children_of(child.pid)[1], signal.SIGTERM)
     said, _ = child.communicate(timeout=300)
     assert child.returncode == 75, said
-    stopped = {line.partition("told to stop, and saved update ")[2] for line in said.splitlines() if "saved up" in line}
-    assert len(stopped) == 1 and said.count("told to stop, and saved update") == 2, said
-    number = stopped.pop().split()[0]
-    assert (workdir / "align" / "checkpoints" / number).is_dir()
-    child = launch(2, 2, *words)
+    (number,) = {int(found) for found in re.findall(r"told to stop, and saved update (\d+) of", said)}
+    return workdir, number, said
+
+
+def test_a_notice_to_one_stops_all_at_one_update(stopped):
+    workdir, number, said = stopped
+    assert said.count("told to stop, and saved update") == 2, said
+    assert (workdir / "align" / "checkpoints" / str(number)).is_dir()
+    assert lines(workdir / "align" / "goodput.jsonl")[-1]["update"] == number
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (1, 1), (4, 1)])
+def test_any_number_of_processes_goes_on_from_there(launch, finished, stopped, tmp_path, shape):
+    """As many come to the undisturbed run bit for bit; others feed devices other shares of the same rows."""
+    before, number, _ = stopped
+    workdir = shutil.copytree(before, tmp_path / "run", symlinks=True)
+    child = launch(*shape, "run", SMOKE, f"--workdir={workdir}", *OFTEN)
     said, _ = child.communicate(timeout=600)
     assert child.returncode == 0, said
+    begun = next(line["update"] for line in lines(workdir / "align" / "goodput.jsonl") if line["start"] == 2)
+    assert begun == number
+    whole = finished(2, 2)
     for stage in TRAINED:
-        assert curve(workdir, stage) == curve(finished(2, 2), stage)
+        ours, expected = curve(workdir, stage), curve(whole, stage)
+        if shape == (2, 2):
+            assert ours == expected, stage
+        for row, one in zip(ours, expected, strict=True):
+            assert row == pytest.approx(one, rel=1e-4, abs=1e-5), stage
