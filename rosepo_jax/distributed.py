@@ -36,14 +36,15 @@ def start() -> None:
     JAX finds them by itself on TPU pods, in Kubernetes, and under SLURM and Open MPI; elsewhere it is told by
     JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
-    Errors: UserError when there is nothing to join, or not all have come within five minutes.
+    Errors: UserError when there is nothing to join; RuntimeError, worth another try, when not all have come within five
+    minutes.
     """
     number, count = (os.environ.get(name) for name in ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"))
     try:
         jax.distributed.initialize(
             num_processes=None if count is None else int(count), process_id=None if number is None else int(number)
         )
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError) as error:
         what = " ".join(str(error).split())
         raise UserError(
             f"--distributed: cannot join the other processes ({what}); set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES "

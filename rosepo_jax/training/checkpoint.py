@@ -4,7 +4,7 @@ import copy
 import pathlib
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,8 @@ import orbax.checkpoint as ocp
 
 from rosepo_jax import distributed, files
 from rosepo_jax.errors import UserError
+
+REDO = "remove the folder of that stage to redo it"
 
 
 class _Manager(ocp.CheckpointManager):
@@ -101,22 +103,43 @@ class Checkpoints:
 
 def save_params(directory: pathlib.Path, params: Mapping[str, jax.Array]) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory.absolute(), dict(params), force=True)
+        sums = {"checksums": checksums(dict(params))}
+        checkpointer.save(directory.absolute(), dict(params), force=True, custom_metadata=sums)
 
 
 def load_params(directory: pathlib.Path, like: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Parameters laid out like `like` (arrays or ShapeDtypeStructs with shardings); other dtypes are refused."""
+    """Parameters laid out like `like` (arrays or ShapeDtypeStructs with shardings).
+
+    Raises:
+        UserError: there are none, they have other shapes or dtypes, or they are not what was saved.
+    """
     if not directory.is_dir():
         raise UserError(f"{directory}: no model here")
+    target = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for path, x in like.items()}
     with ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.metadata(directory.absolute()).item_metadata.tree
-        for path, target in like.items():
+        stored, sums = _whole(directory, lambda: _described(checkpointer.metadata(directory.absolute())))
+        for path, x in target.items():
             found = stored.get(path)
-            if found is None or tuple(found.shape) != tuple(target.shape) or found.dtype != target.dtype:
+            if found is None or tuple(found.shape) != tuple(x.shape) or found.dtype != x.dtype:
                 have = "nothing" if found is None else f"{found.dtype}{list(found.shape)}"
-                raise UserError(f"{directory}: {path} is {have}, expected {target.dtype}{list(target.shape)}")
-        target = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for p, x in like.items()}
-        return checkpointer.restore(directory.absolute(), target)
+                raise UserError(f"{directory}: {path} is {have}, expected {x.dtype}{list(x.shape)}")
+        params = _whole(directory, lambda: checkpointer.restore(directory.absolute(), target))
+    for path, found in checksums(params).items():
+        if found != sums.get(path):
+            raise UserError(f"{directory}: {path} is not what was saved; {REDO}")
+    return params
+
+
+def _described(metadata: Any) -> tuple[Mapping[str, Any], Mapping[str, int]]:
+    return dict(metadata.item_metadata.tree), dict(metadata.custom_metadata["checksums"])
+
+
+def _whole(directory: pathlib.Path, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except Exception as error:  # whatever damage does to the libraries that read it
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{directory}: is damaged ({what}); {REDO}") from None
 
 
 def _sealed(meta: Mapping[str, Any], sums: Mapping[str, int]) -> dict[str, Any]:
@@ -133,8 +156,8 @@ def _unsealed(sealed: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
 
 def checksums(tree: Any) -> dict[str, int]:
     """A number for each array of a tree, by its path; the same on any mesh."""
-    paths, leaves = zip(*((jax.tree_util.keystr(path), x) for path, x in jax.tree.leaves_with_path(tree)))
-    return dict(zip(paths, map(int, jax.device_get(_sums(leaves)))))
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(tree)}
+    return dict(zip(named, map(int, jax.device_get(_sums(list(named.values()))))))
 
 
 @jax.jit

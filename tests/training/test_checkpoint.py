@@ -222,6 +222,36 @@ def test_an_exchanged_element_is_damage(tmp_path, capsys, monkeypatch):
     assert "embedding" in said and "is not what was saved" in said
 
 
+def test_a_damaged_model_is_refused_or_whole(tmp_path):
+    """What a stage hands on has no one before it: every file, damaged in five ways, makes no other model."""
+    mesh = mesh_of(1, 2, 1)
+    params = sharding.place(mesh, PARAMS)
+    checkpoint.save_params(tmp_path / "whole", params)
+    files = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*") if p.is_file())
+    refused = 0
+    for file in files:
+        for name, damage in FILES.items():
+            broken = tmp_path / "broken"
+            shutil.copytree(tmp_path / "whole", broken)
+            damage(broken / file)
+            try:
+                assert equal(checkpoint.load_params(broken, like(mesh)), params), (file, name)
+            except UserError as error:
+                assert str(error).startswith(f"{broken}: "), (file, name)
+                refused += 1
+            shutil.rmtree(broken)
+    assert refused >= 10, f"{refused} of {len(files) * len(FILES)}"
+
+
+def test_an_exchanged_model_is_refused(tmp_path):
+    """Files that are whole, of another model of the same shapes."""
+    checkpoint.save_params(tmp_path / "one", PARAMS)
+    checkpoint.save_params(tmp_path / "other", PARAMS | {"norm/scale": jnp.full(8, 2.0)})
+    shutil.copy(tmp_path / "one" / "_CHECKPOINT_METADATA", tmp_path / "other")
+    with pytest.raises(UserError, match="norm/scale is not what was saved"):
+        checkpoint.load_params(tmp_path / "other", like(mesh_of(1, 1, 1)))
+
+
 def test_nothing_whole_is_a_refusal(tmp_path):
     mesh = mesh_of(1, 2, 1)
     saved(tmp_path / "c", mesh)
@@ -239,4 +269,4 @@ def test_checksums_are_the_same_on_any_mesh_and_see_every_change():
     assert checkpoint.checksums(values | {"a": split}) == expected
     for changed in (values["a"].at[3, 5].add(1e-5), values["a"].T, values["a"].at[7, 7].set(-63.0)):
         other = checkpoint.checksums(values | {"a": changed})
-        assert [path for path in expected if other[path] != expected[path]] == ["['a']"]
+        assert [path for path in expected if other[path] != expected[path]] == ["a"]
