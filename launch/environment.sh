@@ -1,3 +1,4 @@
+#!/usr/bin/env bash
 # Sourced by the other scripts: makes .venv from the project's own files and puts it first on PATH.
 # environment EXTRA, e.g. `environment dev`. Choose the interpreter with PYTHON=..., the folder with VENV=...
 environment() {
