@@ -12,7 +12,7 @@ SECRETS = {"HF_TOKEN": "hf_sekrit", "WANDB_API_KEY": "wandb-sekrit"}
 HOSTILE = ["--config.data.path=a b  c", "$(touch hit)", "`touch hit`;", "'", '"', "\\ $HOME", "$(HF_HOME) $$(HF_HOME)"]
 HOSTILE += ["*", "é ~ & | > hit", "two\nlines", "", "-", "--dry-run"]
 
-PROGRAM = """#!{python}
+PROGRAM = """#!{python} -IS
 import json, os, pathlib, subprocess, sys
 name, *words = argv = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
 with open({record!r}, "a") as record:
