@@ -2,7 +2,7 @@
 # `rosepo VERB ... --distributed` on all hosts of a TPU slice (v4, v5e, v5p, v6e), from no slice at all to the end of the
 # run: asks for the slice as a queued resource, waits, installs the project, runs, and starts again what was preempted.
 #
-#   bash launch/tpu_pod.sh --name=NAME --zone=ZONE --type=v6e-16 --nfs=HOST:/SHARE [OPTION ...] VERB --workdir=/mnt/rosepo/DIR ...
+#   bash launch/tpu_pod.sh --name=NAME --zone=ZONE --type=v5litepod-16 --nfs=HOST:/SHARE [OPTION ...] VERB --workdir=/mnt/rosepo/DIR ...
 #
 #   --nfs=HOST:/SHARE  mounted on all hosts at /mnt/rosepo; without it the hosts must share the workdir in another way
 #   --create=FLAG      a further flag for `gcloud compute tpus queued-resources create`, e.g. --create=--spot; any number

@@ -1,6 +1,7 @@
 """launch/gpu_host.sh: what it looks at first, what it starts again, and that signals reach the run."""
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -74,12 +75,17 @@ if words != ["doctor"]:
     time.sleep(120)
 """
     stand_ins = host(0, body=body)
-    child = subprocess.Popen(["bash", SCRIPT, "run"], env=stand_ins.environment, stdout=subprocess.PIPE, text=True)
+    pipes = dict(stdout=subprocess.PIPE, text=True, start_new_session=True)
+    child = subprocess.Popen(["bash", SCRIPT, "run"], env=stand_ins.environment, **pipes)
     while not ready.exists():
         assert child.poll() is None
         time.sleep(0.02)
     child.send_signal(number)
-    said, _ = child.communicate(timeout=60)
+    try:
+        said, _ = child.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        raise
     assert child.returncode == 75 and "saved" in said
     assert len(stand_ins.calls("rosepo")) == 2
 

@@ -1,5 +1,6 @@
 """launch/tpu_pod.sh and launch/tpu_worker.sh, with folders of this machine as the hosts of a slice."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -209,7 +210,7 @@ class Host:
     """The worker's script in a folder of its own, with a rosepo that runs until it is told to stop or to end."""
 
     def __init__(self, stand_ins, home):
-        self.stand_ins, self.home = stand_ins, home
+        self.stand_ins, self.home, self.started = stand_ins, home, []
         (home / "rosepo_jax" / "launch").mkdir(parents=True)
         for name in ("tpu_worker.sh", "environment.sh"):
             (home / "rosepo_jax" / "launch" / name).write_bytes((REPOSITORY / "launch" / name).read_bytes())
@@ -225,7 +226,18 @@ print("ended", words[0])
     def start(self, *words):
         command = ["bash", WORKER, *words]
         environment = {**self.stand_ins.environment, "HOME": str(self.home)}
-        return subprocess.Popen(command, cwd=self.home, env=environment, stdout=subprocess.PIPE, text=True)
+        self.started.append(
+            subprocess.Popen(command, cwd=self.home, env=environment, stdout=subprocess.PIPE, text=True)
+        )
+        return self.started[-1]
+
+    def end(self):
+        """Leaves nothing running, whatever a test found."""
+        for child in self.started:
+            child.kill()
+        for path in self.home.glob("rosepo_jobs/*/pid"):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(int(path.read_text()), signal.SIGKILL)
 
     def wait_for(self, attempt, text):
         log, deadline = self.home / "rosepo_jobs" / attempt / "log", time.monotonic() + 60
@@ -238,7 +250,7 @@ print("ended", words[0])
 def host(stand_ins, tmp_path):
     host = Host(stand_ins, tmp_path / "host")
     yield host
-    (host.home / "end").touch()
+    host.end()
 
 
 def test_a_broken_connection_stops_nothing_and_the_same_attempt_goes_on_showing_the_log(host):
