@@ -59,13 +59,26 @@ def _read(path: pathlib.Path, argument: str) -> Mapping[str, Any] | ConfigDict:
 
 
 def get_sweep(spec: str) -> list[dict[str, Any]] | None:
-    """What the config file's get_sweep() says: one dict of overrides a run. None when the file has no get_sweep."""
+    """What the config file's get_sweep() says, or runs.json beside a saved config: one dict of overrides a run.
+
+    None when there is neither.
+    """
     path, _ = _split(spec)
+    if path.suffix == ".json":
+        listed = path.with_name("runs.json")
+        return _runs(listed) if listed.is_file() else None
     function = getattr(_module(path), "get_sweep", None) if path.suffix == ".py" else None
     if function is None:
         return None
     with _one_line(path):
         return [dict(run) for run in function()]
+
+
+def _runs(path: pathlib.Path) -> list[dict[str, Any]]:
+    runs = files.read_json(path)
+    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
+        raise UserError(f"{path}: not a list of runs, each {{KEY: VALUE, ...}}")
+    return runs
 
 
 def _split(spec: str) -> tuple[pathlib.Path, str]:

@@ -181,6 +181,88 @@ def slots(shares: Mapping[str, Sequence[float]], labels: Mapping[str, str], desc
     )
 
 
+def heat_map(title: str, x: str, y: str, cells: Mapping[tuple[Any, Any], float | None]) -> str:
+    """A figure over two settings, its value in every cell and the best one framed; cells[x value, y value].
+
+    None: the run has no figure. A place that is not in `cells` was not run.
+    """
+    import matplotlib
+    from matplotlib.patches import Rectangle
+
+    xs, ys = (ordered({at[place] for at in cells}) for place in (0, 1))
+    known = {(a, b): value for b in ys for a in xs if (value := cells.get((a, b))) is not None}
+    best = max(known, key=lambda at: known[at]) if known else None
+    value_YxX = np.array([[known.get((a, b), math.nan) for a in xs] for b in ys])
+    described = "; ".join(f"{x} {_tick(a)}, {y} {_tick(b)}: {value:.3f}" for (a, b), value in known.items())
+    colours = matplotlib.colormaps["cividis"].resampled(24)  # in so few steps its scale stays vectors, not a picture
+
+    def paint(axis):
+        low, high = (min(known.values()), max(known.values())) if known else (0.0, 1.0)
+        mesh = axis.pcolormesh(
+            value_YxX, cmap=colours, vmin=low, vmax=high if high > low else low + 1e-3, edgecolors="face", linewidth=0.3
+        )
+        for column, a in enumerate(xs):
+            for row, b in enumerate(ys):
+                value = cells.get((a, b))
+                if value is None:
+                    word, ink = ("no figure" if (a, b) in cells else "not run"), INK
+                else:
+                    red, green, blue, _ = mesh.cmap(mesh.norm(value))
+                    word, ink = f"{value:.3f}", "#000000" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "#ffffff"
+                weight = "bold" if (a, b) == best else "normal"
+                axis.text(column + 0.5, row + 0.5, word, color=ink, weight=weight, ha="center", va="center", fontsize=8)
+        if best is not None:
+            corner = xs.index(best[0]) + 0.04, ys.index(best[1]) + 0.04
+            axis.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor=INK, linewidth=1.6))
+        axis.set_xticks([place + 0.5 for place in range(len(xs))], [_tick(value) for value in xs])
+        axis.set_yticks([place + 0.5 for place in range(len(ys))], [_tick(value) for value in ys])
+        axis.set(title=title, xlabel=x, ylabel=y)
+        axis.grid(False)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+        scale = axis.figure.colorbar(mesh, ax=axis, label=title)
+        scale.outline.set_visible(False)
+
+    return _draw(f"Heat map of {title}. {described}", paint, max(2.2 + 0.62 * len(xs), NARROW), 1.3 + 0.42 * len(ys))
+
+
+def against(title: str, key: str, points: Sequence[tuple[Any, float]], line: bool) -> str:
+    """A figure over one setting, a dot a run; `line` joins the means. Numbers lie as far apart as they are, on a
+    logarithmic axis where they span more than a factor of ten; words side by side."""
+    values = ordered({value for value, _ in points})
+    numeric = all(isinstance(value, int | float) for value in values)
+    place = {value: value if numeric else number for number, value in enumerate(values)}
+    mean = {value: np.mean([figure for at, figure in points if at == value]).item() for value in values}
+    described = "; ".join(f"{_tick(value)}: {figure:.3f}" for value, figure in mean.items())
+
+    def paint(axis):
+        if line:
+            axis.plot([place[value] for value in values], list(mean.values()), linewidth=1.1, color=COLOURS["aligned"])
+        axis.plot([place[at] for at, _ in points], [figure for _, figure in points], "o", markersize=4,
+                  color=COLOURS["aligned"], alpha=0.8)  # fmt: skip
+        if numeric and values[0] > 0 and values[-1] > 10 * values[0]:
+            axis.set_xscale("log")
+        if not numeric or len(values) <= 8:
+            axis.set_xticks([place[value] for value in values], [_tick(value) for value in values])
+            axis.set_xticks([], minor=True)
+        else:
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.xaxis.set_minor_formatter(lambda value, _: "")
+        axis.set(title=title, xlabel=key, ylabel=title)
+        axis.margins(x=0.08)
+
+    return _draw(f"{title} by {key}. {described}", paint, WIDE, 2.4) if points else ""
+
+
+def ordered(values: Any) -> list:
+    """Numbers in their order, then words in theirs."""
+    return sorted(values, key=lambda value: (isinstance(value, str), value))
+
+
+def _tick(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _colour(row: str, colours: Mapping[str, str] | None = None) -> str:
     return (colours or COLOURS).get(row, OTHER)
 

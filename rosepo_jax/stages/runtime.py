@@ -12,6 +12,7 @@ A stage folder holds begun.json from the moment work starts, and manifest.json, 
 `<workdir>/config.json` is the config of the last stage that was run, for later commands without --config.
 """
 
+import contextlib
 import datetime
 import functools
 import importlib
@@ -23,7 +24,7 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -33,6 +34,9 @@ import rosepo_jax
 from rosepo_jax import configuration, distributed, files
 from rosepo_jax.errors import UserError
 from rosepo_jax.training import programs
+
+if TYPE_CHECKING:
+    from rosepo_jax.stages.pool import Pool
 
 # Config values that name files of the user: what counts is their content, not where they lie.
 PATH_KEYS = (
@@ -59,12 +63,12 @@ def module(verb: str) -> Any:
     return importlib.import_module(f"rosepo_jax.stages.{verb}")
 
 
-def execute(stage: Any, config: ConfigDict, workdir: str | os.PathLike, pool: dict[str, pathlib.Path] | None = None):
+def execute(stage: Any, config: ConfigDict, workdir: str | os.PathLike, pool: "Pool | None" = None) -> pathlib.Path:
     """Runs a stage unless its folder is up to date, and returns that folder.
 
     Args:
-        pool: identity -> folder of complete stages; a stage found here is linked into `workdir` instead of being run
-            again (sweeps share stages this way). The folder of the stage is added to it.
+        pool: of runs that share their stages. One that is complete there is linked into `workdir` instead of being run
+            again, one that was begun there and left goes on here, and no two processes are at the same one.
 
     Raises:
         UserError: an input is missing or was made with other settings, or what lies in the folder was.
@@ -72,31 +76,60 @@ def execute(stage: Any, config: ConfigDict, workdir: str | os.PathLike, pool: di
     programs.keep(config)
     out = pathlib.Path(workdir) / stage.NAME
     wanted = _wanted(stage, config, workdir)
-    if out.is_symlink() and not out.exists() and distributed.is_primary():
-        out.unlink()  # a shared stage whose folder has been removed
-    recorded = _read(out / MANIFEST)
-    if recorded is not None:
-        _refuse_changes(out, recorded, wanted)
-        same_code = recorded["code"] == wanted["code"]
-        say(f"{stage.NAME}: up to date" + ("" if same_code else f" (made by other code: {recorded['code']})"))
-    elif pool is not None and wanted["identity"] in pool and not out.exists():
-        shared = pool[wanted["identity"]]
-        if distributed.is_primary():
-            _make_folder(out.parent)
-            out.symlink_to(os.path.relpath(shared, out.parent.resolve()), target_is_directory=True)
-        say(f"{stage.NAME}: shared with {shared}")
-    else:
-        _run(stage, config, workdir, out, wanted)
-    distributed.barrier(f"{stage.NAME} done")
-    if pool is not None:
-        pool.setdefault(files.read_json(out / MANIFEST)["identity"], out.resolve())
+    with pool.claim(wanted["identity"], stage.NAME) if pool is not None else contextlib.nullcontext():
+        if out.is_symlink() and not (out / MANIFEST).exists() and distributed.is_primary():
+            out.unlink()  # a shared stage whose folder has been removed
+        recorded = _read(out / MANIFEST)
+        shared = pool.find(wanted["identity"]) if pool is not None and recorded is None else None
+        if shared is not None and out.exists() and (_read(out / BEGUN) or {}).get("identity") != wanted["identity"]:
+            shared = None  # what lies there is not a beginning of the same
+        if pool is not None:
+            distributed.barrier(f"{stage.NAME} looked up")
+        if recorded is not None:
+            _refuse_changes(out, recorded, wanted)
+            same_code = recorded["code"] == wanted["code"]
+            say(f"{stage.NAME}: up to date" + ("" if same_code else f" (made by other code: {recorded['code']})"))
+        elif shared is not None:
+            if distributed.is_primary():
+                _link(out, shared)
+            say(f"{stage.NAME}: shared with {shared}")
+        else:
+            if pool is not None and not out.exists():
+                pool.take_over(wanted["identity"], out)
+            _run(stage, config, workdir, out, wanted)
+        distributed.barrier(f"{stage.NAME} done")
     return out
+
+
+def _link(out: pathlib.Path, shared: pathlib.Path) -> None:
+    _make_folder(out.parent)
+    if out.exists():
+        _remove(out)
+    out.symlink_to(os.path.relpath(shared, out.parent.resolve()), target_is_directory=True)
 
 
 def identity(out: str | os.PathLike) -> str | None:
     """The identity recorded in a complete stage folder; None when it is not complete."""
     manifest = _read(pathlib.Path(out) / MANIFEST)
     return None if manifest is None else manifest["identity"]
+
+
+def is_complete(stage: Any, config: ConfigDict, workdir: str | os.PathLike) -> bool:
+    """Whether the stage is complete and so are its inputs.
+
+    Errors: UserError when one of them was made with other settings than these.
+    """
+    out = pathlib.Path(workdir) / stage.NAME
+    recorded = _read(out / MANIFEST)
+    if recorded is None:
+        return False
+    _refuse_changes(out, recorded, _wanted(stage, config, workdir))
+    return True
+
+
+def depends_on(stage: Any, key: str) -> bool:
+    """Whether a config key is one of those that determine the stage's own work."""
+    return any(key == name or key.startswith(f"{name}.") for name in stage.KEYS)
 
 
 def _run(stage: Any, config: ConfigDict, workdir: str | os.PathLike, out: pathlib.Path, wanted: dict) -> None:
@@ -120,9 +153,7 @@ def _run(stage: Any, config: ConfigDict, workdir: str | os.PathLike, out: pathli
         result = stage.run(config, {verb: pathlib.Path(workdir) / verb for verb in stage.INPUTS}, out)
     except BaseException as error:
         if distributed.is_primary() and not (stage.RESUMABLE and _worth_keeping(out, error)):
-            _empty(out)
-            (out / BEGUN).unlink(missing_ok=True)
-            out.rmdir()
+            _remove(out)
         raise
     distributed.barrier(f"{stage.NAME} run")
     if distributed.is_primary():
@@ -155,7 +186,7 @@ def _wanted(stage: Any, config: ConfigDict, workdir: str | os.PathLike) -> dict:
     """What determines the result of a stage: its settings, its inputs and the code; and their hash, its identity."""
     settings, inputs = {}, {}
     for key, value in configuration.flatten(config).items():
-        if any(key == name or key.startswith(f"{name}.") for name in stage.KEYS):
+        if depends_on(stage, key):
             if key in PATH_KEYS and value and pathlib.Path(value).exists():
                 inputs[key] = _fingerprint(value)
             else:
@@ -223,6 +254,13 @@ def _empty(out: pathlib.Path) -> None:
             shutil.rmtree(path)
         elif path.name != BEGUN:
             path.unlink()
+
+
+def _remove(out: pathlib.Path) -> None:
+    """Removes a stage's folder; begun.json last, so that it stays ours if this is cut short."""
+    _empty(out)
+    (out / BEGUN).unlink(missing_ok=True)
+    out.rmdir()
 
 
 def plain(value: Any) -> Any:
