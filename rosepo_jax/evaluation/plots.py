@@ -208,12 +208,15 @@ def heat_map(title: str, x: str, y: str, cells: Mapping[tuple[Any, Any], float |
                     word, ink = ("no figure" if (a, b) in cells else "not run"), INK
                 else:
                     red, green, blue, _ = mesh.cmap(mesh.norm(value))
-                    word, ink = f"{value:.3f}", "#000000" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "#ffffff"
+                    word, ink = (
+                        f"{value:.3f}",
+                        "#000000" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.45 else "#ffffff",
+                    )
                 weight = "bold" if (a, b) == best else "normal"
                 axis.text(column + 0.5, row + 0.5, word, color=ink, weight=weight, ha="center", va="center", fontsize=8)
         if best is not None:
             corner = xs.index(best[0]) + 0.04, ys.index(best[1]) + 0.04
-            axis.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor=INK, linewidth=1.6))
+            axis.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor="#000000", linewidth=1.6))
         axis.set_xticks([place + 0.5 for place in range(len(xs))], [_tick(value) for value in xs])
         axis.set_yticks([place + 0.5 for place in range(len(ys))], [_tick(value) for value in ys])
         axis.set(title=title, xlabel=x, ylabel=y)
@@ -227,8 +230,11 @@ def heat_map(title: str, x: str, y: str, cells: Mapping[tuple[Any, Any], float |
 
 
 def against(title: str, key: str, points: Sequence[tuple[Any, float]], line: bool) -> str:
-    """A figure over one setting, a dot a run; `line` joins the means. Numbers lie as far apart as they are, on a
-    logarithmic axis where they span more than a factor of ten; words side by side."""
+    """A figure over one setting, a dot a run; `line` joins the means of numbers.
+
+    Numbers lie as far apart as they are, on a logarithmic axis where they span more than a factor of ten; words side by
+    side.
+    """
     values = ordered({value for value, _ in points})
     numeric = all(isinstance(value, int | float) for value in values)
     place = {value: value if numeric else number for number, value in enumerate(values)}
@@ -236,7 +242,7 @@ def against(title: str, key: str, points: Sequence[tuple[Any, float]], line: boo
     described = "; ".join(f"{_tick(value)}: {figure:.3f}" for value, figure in mean.items())
 
     def paint(axis):
-        if line:
+        if line and numeric:
             axis.plot([place[value] for value in values], list(mean.values()), linewidth=1.1, color=COLOURS["aligned"])
         axis.plot([place[at] for at, _ in points], [figure for _, figure in points], "o", markersize=4,
                   color=COLOURS["aligned"], alpha=0.8)  # fmt: skip

@@ -20,7 +20,7 @@ FIGURES = {  # key in sweep.json -> heading and format in the table; test figure
     "true_win_rate": ("true win rate", ".4f"),
 }
 DRAWN = ("validation_hr1", "hr1", "true_win_rate")  # figures that get a plot
-FULL = 0.5  # share of a grid that must have been run to be drawn as one
+FULL = 0.5  # more than this share of a grid must have been run for it to be drawn as one
 
 Row = Mapping[str, Any]
 
@@ -220,13 +220,13 @@ def _plots(rows: Sequence[Row]) -> str:
     if len(axes) == 1:
         ((key, place),) = axes.items()
         svg = "".join(plots.against(FIGURES[name][0], key, _points(rows, place, name), line=True) for name in drawn)
-        return page.figure(svg, "Dots: runs; the line joins their means.", "panels wide")
+        return page.figure(svg, "A dot is a run; a line joins means.", "panels wide")
     if len(axes) == 2:
         (x, x_of), (y, y_of) = sorted(axes.items(), key=lambda axis: -len(set(axis[1].values())))
         cells: dict[tuple, list[Row]] = {}
         for row in rows:
             cells.setdefault((x_of[row["run"]], y_of[row["run"]]), []).append(row)
-        if len(cells) >= FULL * len(set(x_of.values())) * len(set(y_of.values())):
+        if len(cells) > FULL * len(set(x_of.values())) * len(set(y_of.values())):
             svg = "".join(plots.heat_map(FIGURES[name][0], x, y, _means(cells, name)) for name in drawn)
             return page.figure(
                 svg,
@@ -241,7 +241,8 @@ def _plots(rows: Sequence[Row]) -> str:
 def axes_of(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """name -> the value of each run, of every setting that differs between runs; not the seed, whose runs are repeats.
 
-    Settings that move together are one axis. A setting that a run leaves to the config is "as configured" there.
+    Settings of which each says what the other is are one axis, where values come more than once. A setting that a run
+    leaves to the config is "as configured" there.
     """
     columns = {
         key: {row["run"]: row["settings"].get(key, "as configured") for row in rows}
@@ -254,7 +255,7 @@ def axes_of(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
         if len(set(values)) < 2:
             continue
         for keys, together in merged:
-            if len(set(zip(together, values))) == len(set(together)) == len(set(values)):
+            if len(set(zip(together, values))) == len(set(together)) == len(set(values)) < len(rows):
                 keys.append(key)
                 together[:] = [(*left, right) for left, right in zip(together, values)]
                 break

@@ -283,23 +283,3 @@ def test_sigkill_in_the_middle_and_then_again(tmp_path, resumable):
     assert runtime.identity(tmp_path / "prepare")
     assert {p.name for p in (tmp_path / "prepare").iterdir()} == {"deep", "manifest.json"}
     assert process(kill=False).stdout == "prepare: up to date\n"
-
-
-def test_the_pool_shares_a_complete_stage(stages, config, tmp_path, capsys):
-    pool = {}
-    runtime.execute(stages["prepare"], config, tmp_path / "one", pool)
-    runtime.execute(stages["prepare"], config, tmp_path / "two", pool)
-    assert stages["prepare"].runs == 1
-    link = tmp_path / "two" / "prepare"
-    assert link.is_symlink() and not os.path.isabs(os.readlink(link))
-    assert link.resolve() == (tmp_path / "one" / "prepare").resolve()
-    runtime.execute(stages["sft"], config, tmp_path / "two", pool)  # reads through the link
-    config.seed = 1
-    runtime.execute(stages["prepare"], config, tmp_path / "three", pool)
-    assert stages["prepare"].runs == 2
-    assert not (tmp_path / "three" / "prepare").is_symlink()
-    (tmp_path / "one").rename(tmp_path / "gone")
-    config.seed = 0
-    runtime.execute(stages["prepare"], config, tmp_path / "two")  # the shared folder has been removed
-    assert stages["prepare"].runs == 3
-    assert not link.is_symlink() and runtime.identity(link)

@@ -1,14 +1,13 @@
-"""Sweeps over fake stages: order, sharing, failures, resuming; the table."""
+"""`rosepo sweep` over fake stages: order, sharing, failures, resuming, searches; the table and the page."""
 
 import types
 
 import pytest
 
 from rosepo_jax import __main__ as cli
-from rosepo_jax import config as defaults
 from rosepo_jax import files
 from rosepo_jax.errors import UserError
-from rosepo_jax.stages import STAGES, runtime, sweep
+from rosepo_jax.stages import STAGES, plan, runtime
 
 KEYS = {"prepare": ("data", "seed"), "oracle": ("oracle",), "sft": ("sft",), "align": ("align",)}
 INPUTS = {"prepare": (), "align": ("sft", "pairs"), "evaluate": ("align",), "pairs": ("sft", "oracle")}
@@ -59,26 +58,6 @@ def rosepo_sweep(*flags):
     return cli.main(["sweep", "--config=c.py", "--workdir=w", *flags])
 
 
-def test_product_of_flags():
-    assert sweep.product(["align.beta=0.1,0.3", "seed=0,1"]) == [
-        {"align.beta": "0.1", "seed": "0"},
-        {"align.beta": "0.1", "seed": "1"},
-        {"align.beta": "0.3", "seed": "0"},
-        {"align.beta": "0.3", "seed": "1"},
-    ]
-    for wrong in ("align.beta", "align.beta=", "align.beta=0.1,,0.3"):
-        with pytest.raises(UserError, match="KEY=V1,V2"):
-            sweep.product([wrong])
-
-
-def test_run_ids_are_a_function_of_the_settings():
-    one = sweep.run_id({"align.beta": 0.1, "data.path": "/a/b c"})
-    assert one == sweep.run_id({"data.path": "/a/b c", "align.beta": 0.1})
-    assert one.startswith("beta=0.1_path=-a-b-c-") and "/" not in one
-    assert one != sweep.run_id({"align.beta": 0.1, "data.path": "/a/b-c"})
-    assert sweep.run_id({"sft.learning_rate": 0.1}) != sweep.run_id({"align.learning_rate": 0.1})
-
-
 def test_best_first_and_shared_stages_once(runs, tmp_path, capsys):
     assert rosepo_sweep("--sweep=align.beta=0.1,0.5,0.3") == 0
     assert [verb for verb, _ in runs].count("prepare") == 1
@@ -89,7 +68,7 @@ def test_best_first_and_shared_stages_once(runs, tmp_path, capsys):
     assert "validation HR@1" in saved["chosen_by"]
     assert [row["settings"] for row in saved["runs"]] == [{"align.beta": beta} for beta in (0.5, 0.3, 0.1)]
     assert saved["runs"][0] == {
-        "run": sweep.run_id({"align.beta": 0.5}),
+        "run": plan.run_id({"align.beta": 0.5}),
         "settings": {"align.beta": 0.5},
         "error": None,
         "validation_hr1": 0.5,
@@ -156,13 +135,6 @@ def test_an_interrupted_sweep_goes_on(runs, monkeypatch):
     assert runs == [("align", 0.5), ("evaluate", 0.5)]
 
 
-def test_settings_listed_twice_run_once_and_aliases_are_resolved(runs, tmp_path):
-    rows = sweep.sweep(
-        defaults.default(), [{"align.label_smoothing": 0.2}, {"align.label_smoothing": "0.2"}], tmp_path / "w"
-    )
-    assert [row["settings"] for row in rows] == [{"align.smoothing.mode": "fixed", "align.smoothing.value": 0.2}]
-
-
 def test_a_wrong_key_is_refused_before_anything_runs(runs, capsys):
     assert rosepo_sweep("--sweep=align.beta=0.1,x") == 2
     assert rosepo_sweep("--sweep=align.bta=0.1") == 2
@@ -170,28 +142,105 @@ def test_a_wrong_key_is_refused_before_anything_runs(runs, capsys):
     assert runs == []
 
 
-def test_runs_that_differ_in_their_seed_alone_are_averaged():
-    def row(beta, seed, hr1, error=None):
-        figures = {"validation_hr1": hr1 - 0.1, "hr1": hr1, "over_sft": None, "ndcg5": None, "true_win_rate": None}
-        return {"run": f"{beta}-{seed}", "settings": {"align.beta": beta, "seed": seed}, "error": error, **figures}
+def test_the_page_and_the_best(runs, tmp_path, capsys):
+    assert rosepo_sweep("--sweep=align.beta=0.1,0.5", "--sweep=align.smoothing.mode=oracle,none") == 0
+    page = (tmp_path / "w" / "sweep" / "report.html").read_text("utf-8")
+    assert page.count('aria-label="Heat map of') == 3 and "Best settings: align.beta" in page
+    saved = files.read_json(tmp_path / "w" / "sweep" / "sweep.json")
+    assert saved["best"]["align.beta"] == 0.5
+    assert "w/sweep/report.html" in capsys.readouterr().out
+    assert [verb for verb, _ in runs].count("pairs") == 1 and [verb for verb, _ in runs].count("align") == 4
 
-    rows = [row(0.1, 1, 0.30), row(0.1, 0, 0.34), row(0.5, 0, 0.50), row(0.5, 1, 0.54), row(0.5, 2, 0.0, "unlucky")]
-    groups = sweep.over_seeds(rows)
-    assert [(group["settings"], group["seeds"]) for group in groups] == [
-        ({"align.beta": 0.5}, [0, 1]),
-        ({"align.beta": 0.1}, [0, 1]),
-    ]
-    assert groups[1]["hr1"]["mean"] == pytest.approx(0.32) and groups[1]["hr1"]["sd"] == pytest.approx(0.02 * 2**0.5)
-    assert groups[1]["hr1"]["values"] == {0: 0.34, 1: 0.30} and groups[0]["ndcg5"] is None
-    assert sweep.seeds_table(groups).splitlines()[2].split() == [
-        "0.5",
-        "0",
-        "1",
-        "0.4200",
-        "±",
-        "0.0283",
-        "0.5200",
-        "±",
-        "0.0283",
-    ]
-    assert sweep.over_seeds([{**rows[0], "settings": {"align.beta": 0.1}}]) == []
+
+def test_keys_that_move_together_and_random_draws(runs, tmp_path):
+    assert rosepo_sweep("--sweep=align.beta,seed=0.1:1,0.3:2") == 0
+    assert [beta for verb, beta in runs if verb == "align"] == [0.1, 0.3]
+    runs.clear()
+    draw = ["--sweep=align.beta=loguniform(0.01,1)", "--trials=5"]
+    assert rosepo_sweep(*draw) == 0
+    betas = [row["settings"]["align.beta"] for row in files.read_json(tmp_path / "w" / "sweep" / "sweep.json")["runs"]]
+    assert len(betas) == 5 and betas == sorted(betas, reverse=True) and all(0.01 <= beta <= 1 for beta in betas)
+    runs.clear()
+    assert rosepo_sweep(*draw, "--trials=6") == 0  # the first five are the same draws
+    assert [verb for verb, _ in runs] == ["align", "evaluate"]
+    runs.clear()
+    assert rosepo_sweep(*draw, "--search-seed=1") == 0
+    assert len(runs) == 10
+
+
+def test_one_run_and_then_the_table(runs, tmp_path, capsys):
+    assert rosepo_sweep("--sweep=align.beta=0.1,0.5", "--only=1") == 0
+    assert [beta for verb, beta in runs if verb == "align"] == [0.5]
+    assert not (tmp_path / "w" / "sweep" / "sweep.json").exists()
+    assert rosepo_sweep("--sweep=align.beta=0.1,0.5", "--collect") == 1
+    rows = files.read_json(tmp_path / "w" / "sweep" / "sweep.json")["runs"]
+    assert [(row["settings"]["align.beta"], row["error"]) for row in rows] == [(0.5, None), (0.1, "not finished")]
+    assert rosepo_sweep("--sweep=align.beta=0.1,0.5", "--only=0", "--stages=prepare,oracle,sft") == 0
+    assert [beta for verb, beta in runs if verb == "align"] == [0.5]
+    assert rosepo_sweep("--sweep=align.beta=0.1,0.5", "--only=0") == 0
+    assert rosepo_sweep("--sweep=align.beta=0.1,0.5", "--collect") == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--only=2"], "--only=2: there are 2 runs"),
+        (["--only=-1"], "--only: invalid number value"),
+        (["--only=0;id"], "--only: invalid number value"),
+        (["--only=0", "--stages=sft,report"], "--stages=report: there are prepare"),
+        (["--trials=0"], "--trials: invalid number value"),
+        (["--trials=3"], "--trials draws from --sweep"),
+        (["--sweep=align.beta=uniform(0,1)"], "give --trials=N"),
+        (["--runner=local"], "local:N"),
+        (["--runner=local:0"], "local:N"),
+        (["--runner=sequential:2"], "local:N"),
+        (["--runner=ray"], "slurm"),
+        (["--search=optuna", "--sweep=align.beta=0.1,0.2"], "needs --trials=N"),
+        (["--search=optuna", "--sweep=align.beta=0.1,0.2", "--trials=2", "--runner=slurm"], "it learns as it goes"),
+        (["--search=optuna", "--sweep=seed=0,1", "--trials=2"], "a seed is not chosen"),
+        (["--runner=local:2", "--distributed"], "leave out --distributed"),
+    ],
+)
+def test_mistakes_are_one_line_and_nothing_is_written(runs, tmp_path, capsys, monkeypatch, flags, message):
+    from rosepo_jax import distributed
+
+    monkeypatch.setattr(distributed, "start", lambda: None)
+    assert rosepo_sweep(*flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+    assert runs == [] and not (tmp_path / "w").exists()
+
+
+def test_a_dry_run_lists_the_runs(runs, tmp_path, capsys):
+    assert rosepo_sweep("--dry-run") == 0
+    assert [line.split("-")[0] for line in capsys.readouterr().out.splitlines()] == ["0: beta=0.1", "1: beta=0.5"]
+    assert runs == [] and not (tmp_path / "w").exists()
+
+
+def test_what_all_runs_share_fails_once(runs, tmp_path, monkeypatch, capsys):
+    def broken(config, folders, out):
+        runs.append(("sft", "broken"))
+        raise UserError("sft.length: not a length")
+
+    sft = runtime.module("sft")
+    monkeypatch.setattr(sft, "run", broken)
+    assert rosepo_sweep("--sweep=align.beta=0.1,0.5,0.3") == 1
+    assert [verb for verb, _ in runs] == ["prepare", "oracle", "sft"]
+    rows = files.read_json(tmp_path / "w" / "sweep" / "sweep.json")["runs"]
+    assert [row["error"] for row in rows] == ["sft.length: not a length"] * 3
+    monkeypatch.setattr(sft, "run", lambda *_: {})
+    assert rosepo_sweep("--sweep=align.beta=0.1,0.5,0.3") == 0  # tried again because the command was given again
+
+
+def test_figures_of_other_settings_are_not_those_of_this_sweep(runs, tmp_path):
+    assert rosepo_sweep() == 0
+    assert rosepo_sweep("--config.sft.learning_rate=0.7") == 1
+    errors = [row["error"] for row in files.read_json(tmp_path / "w" / "sweep" / "sweep.json")["runs"]]
+    assert all("sft.learning_rate=0.001; now sft.learning_rate=0.7" in error for error in errors)
+
+
+def test_a_run_that_shares_everything_has_a_config_for_later_commands(runs, tmp_path):
+    assert cli.main(["run", "--config=c.py", "--workdir=w"]) == 0
+    assert rosepo_sweep() == 0
+    shared = tmp_path / "w" / "sweep" / plan.run_id({"align.beta": 0.1})
+    assert files.read_json(shared / "config.json")["align"]["beta"] == 0.1
