@@ -31,8 +31,11 @@ class Pool:
         return self._folder(identity, f"*/{runtime.MANIFEST}", f"sweep/*/*/{runtime.MANIFEST}")
 
     def take_over(self, identity: str, out: pathlib.Path) -> None:
-        """Moves what was begun of a stage in another run to `out`; who has claimed the identity knows it is left."""
-        if distributed.is_primary() and (left := self._folder(identity, f"sweep/*/*/{runtime.BEGUN}")) is not None:
+        """Moves what was begun of a stage in another run to `out`, if nothing is there; who has claimed the identity
+        knows that nobody is at it any more."""
+        absent = distributed.is_primary() and not out.exists()
+        left = self._folder(identity, f"sweep/*/*/{runtime.BEGUN}") if absent else None
+        if left is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             left.rename(out)
         distributed.barrier(f"{out.name} taken over")

@@ -76,15 +76,15 @@ def execute(stage: Any, config: ConfigDict, workdir: str | os.PathLike, pool: "P
     programs.keep(config)
     out = pathlib.Path(workdir) / stage.NAME
     wanted = _wanted(stage, config, workdir)
+    if out.is_symlink() and not (out / MANIFEST).exists() and distributed.is_primary():
+        out.unlink()  # a shared stage whose folder has been removed
     with pool.claim(wanted["identity"], stage.NAME) if pool is not None else contextlib.nullcontext():
-        if out.is_symlink() and not (out / MANIFEST).exists() and distributed.is_primary():
-            out.unlink()  # a shared stage whose folder has been removed
         recorded = _read(out / MANIFEST)
         shared = pool.find(wanted["identity"]) if pool is not None and recorded is None else None
         if shared is not None and out.exists() and (_read(out / BEGUN) or {}).get("identity") != wanted["identity"]:
             shared = None  # what lies there is not a beginning of the same
         if pool is not None:
-            distributed.barrier(f"{stage.NAME} looked up")
+            distributed.barrier(f"{stage.NAME} looked up")  # all decide alike, before the first process changes it
         if recorded is not None:
             _refuse_changes(out, recorded, wanted)
             same_code = recorded["code"] == wanted["code"]
@@ -94,7 +94,7 @@ def execute(stage: Any, config: ConfigDict, workdir: str | os.PathLike, pool: "P
                 _link(out, shared)
             say(f"{stage.NAME}: shared with {shared}")
         else:
-            if pool is not None and not out.exists():
+            if pool is not None:
                 pool.take_over(wanted["identity"], out)
             _run(stage, config, workdir, out, wanted)
         distributed.barrier(f"{stage.NAME} done")

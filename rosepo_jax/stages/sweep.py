@@ -74,9 +74,9 @@ _index.__name__ = _positive.__name__ = "number"  # argparse: invalid number valu
 
 def main(config: ConfigDict, args: argparse.Namespace) -> int:
     kind, limit = runners.parse(args.runner)
-    if kind != "sequential":
-        if args.distributed:
-            raise UserError(f"--runner={args.runner} starts processes of its own: leave out --distributed")
+    if kind != "sequential" and args.distributed:
+        raise UserError(f"--runner={args.runner} starts processes of its own: leave out --distributed")
+    if kind != "sequential" or (args.collect and not args.distributed):
         jax.config.update("jax_platforms", "cpu")  # devices are for those who compute
     workdir, axes = args.workdir, plan.parse(config, args.sweep)
     if args.trials is not None and not axes:
@@ -178,6 +178,14 @@ def problem(run: plan.Run, workdir: pathlib.Path) -> str | None:
     return files.read_json(folder / FAILED)["error"] if (folder / FAILED).exists() else UNFINISHED
 
 
+def _has(run: plan.Run, workdir: pathlib.Path, stages: Sequence[str]) -> bool:
+    """Whether these stages of a run are complete."""
+    try:
+        return all(runtime.is_complete(runtime.module(verb), run.config, run.folder(workdir)) for verb in stages)
+    except UserError:
+        return False
+
+
 def figures(run: plan.Run, workdir: pathlib.Path) -> dict[str, float | None]:
     folder = run.folder(workdir)
     align = files.read_json(folder / "align" / runtime.MANIFEST)["result"]
@@ -215,11 +223,11 @@ def _work(
 ) -> None:
     """Does the runs as they come, here or by workers; before that what they share, with the whole machine."""
     first = next(runs)
-    if shared and problem(first, workdir) is not None:
+    if shared and not _has(first, workdir, shared):
         runtime.say(f"sweep: the same in all runs: {', '.join(shared)}")
         _run(iter([first]), workdir, folder, min(workers, 1), shared)
         error = problem(first, workdir)
-        if error not in (None, UNFINISHED):
+        if distributed.agreed([error not in (None, UNFINISHED)])[0]:
             for run in known():
                 if problem(run, workdir) == UNFINISHED:
                     fail(run, workdir, str(error))
@@ -271,6 +279,8 @@ def _slurm(
     left = [run.number for run in runs if problem(run, args.workdir) is not None]
     if not left:
         raise UserError("every run is done; --collect makes the table")
+    if _has(runs[left[0]], args.workdir, shared):
+        shared = []
     logs = (args.workdir / "sweep" / "logs").resolve()
     if not args.dry_run:
         logs.mkdir(parents=True, exist_ok=True)
