@@ -145,6 +145,21 @@ def test_a_restart_changes_no_bit(tmp_path, straight, kill):
     np.testing.assert_array_equal(model(tmp_path), model(straight[0]))
 
 
+def test_a_restart_with_accumulation_and_running_means_changes_no_bit(tmp_path):
+    settings = {"accumulate": 2, "spike": 8.0}
+    best = train(tmp_path / "straight", **settings)
+
+    def interrupted(*, start, stop):
+        yield from map(batch_of, range(start, 8))
+        raise Killed
+
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", stream=interrupted, **settings)
+    assert train(tmp_path / "killed", **settings) == best
+    assert rows(tmp_path / "killed") == rows(tmp_path / "straight")
+    np.testing.assert_array_equal(model(tmp_path / "killed"), model(tmp_path / "straight"))
+
+
 def test_a_finished_run_trains_no_further(tmp_path, straight):
     train(tmp_path)
     assert train(tmp_path, stream=lambda *, start, stop: stream(start=start, stop=stop)) == straight[1]
