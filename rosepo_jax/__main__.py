@@ -29,6 +29,7 @@ align.objective.
 
 import argparse
 import ctypes
+import errno
 import importlib
 import os
 import pathlib
@@ -48,6 +49,11 @@ TOOLS = ("recommend", "score", "export", "compile", "doctor")
 # Take the config of the folder that they are given.
 OF_A_RUN = ("recommend", "score", "export", "doctor", "predictions")
 DEMO = "configs/demo.py"
+# What the system refuses at some place of the user's: a name that is too long, no permission, no space left ...
+NO_BUG = {
+    *(errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ELOOP),
+    *(errno.EISDIR, errno.ENOTDIR),
+}
 PREEMPTED = 75  # exit status after SIGTERM: EX_TEMPFAIL, the same command goes on
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -90,6 +96,11 @@ def _status(verb: str, words: Sequence[str]) -> int:
         return _dispatch(verb, words)
     except UserError as error:
         print(f"rosepo {verb}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in NO_BUG or error.filename is None:
+            raise
+        print(f"rosepo {verb}: {UserError(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "rosepo_jax":

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import math
 import pathlib
+import re
 import traceback
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rosepo_jax import config as defaults
-from rosepo_jax import files
+from rosepo_jax import files, forms
 from rosepo_jax.errors import UserError, nearest
 
 # Names that users of TRL know: each sets the keys on the right, "" standing for the value given.
@@ -21,6 +22,8 @@ ALIASES = {
     "align.label_smoothing": {"align.smoothing.mode": "fixed", "align.smoothing.value": ""},
     "align.loss_type": {"align.objective": ""},
 }
+# In no name or pattern: NUL and other control characters, and bytes of the command line that are no UTF-8.
+_UNWRITABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -49,7 +52,7 @@ def load(spec: str | None, overrides: Iterable[tuple[str, Any]] = ()) -> ConfigD
 
 def _read(path: pathlib.Path, argument: str) -> Mapping[str, Any] | ConfigDict:
     if path.suffix == ".json":
-        return files.read_json(path)
+        return forms.check(files.read_json(path), dict, path, "give a config.json that a run wrote")
     module = _module(path)
     with _one_line(path):
         found = module.get_config(argument)
@@ -112,24 +115,48 @@ def _set(config: ConfigDict, key: str, value: Any, where: str = "") -> None:
     kind = type(known[key])
     try:
         typed = _typed(value, kind)
-    except ValueError:
-        raise UserError(f"{where}config.{key}={value!r} is not {_KINDS[kind]}") from None
+    except (ValueError, OverflowError):
+        raise UserError(f"{where}config.{key}={value!r:.200} is not {_KINDS[kind]}") from None
+    least, most = limits(key, kind)
+    if kind in (int, float) and not least <= typed <= most:
+        raise UserError(f"{where}config.{key}={typed}: must be {least:,} to {most:,}")
     with config.unlocked():
         config.update_from_flattened_dict({key: typed})
+
+
+# Numbers beside which nothing works: whole numbers are counts, most of them of things of which there must be one.
+_POSITIVE = re.compile(
+    r"data\.(history|candidates|world\.(users|titles|genres|series|length|slate))"
+    r"|model\.(vocabulary|width|layers|heads|kv_heads|mlp_width|prompt_length|response_length|lora\.rank)"
+    r"|oracle\.(width|layers|heads)|pairs\.(negatives|beams|top)|evaluate\.(beams|top|neighbours|bootstrap)"
+    r"|.*\.(batch_size|accumulate)|checkpoint\.keep|log\.every"
+)
+_SHARES = re.compile(r".*(_share|\.flip|dropout)|data\.world\.exposure")
+
+
+def limits(key: str, kind: type) -> tuple[float, float]:
+    """The least and the largest value of a number."""
+    if kind is float:
+        return (0, 1) if _SHARES.fullmatch(key) else (-1e100, 1e100)
+    if key in ("seed", "data.seed"):
+        return 0, 2**63 - 1
+    return -1 if key.startswith("mesh.") else int(_POSITIVE.fullmatch(key) is not None), 2**31 - 1
 
 
 _KINDS = {
     bool: "true or false",
     int: "an integer",
     float: "a number",
-    str: "a text",
-    tuple: "a list separated by commas",
+    str: "a text of one line",
+    tuple: "a list of words separated by commas",
 }
 
 
 def _typed(value: Any, kind: type) -> Any:
     """`value` as `kind`; text is parsed, and no other conversion loses anything. ValueError otherwise."""
     if isinstance(value, str):
+        if _UNWRITABLE.search(value):
+            return _fail()
         if kind is bool:
             return {"true": True, "false": False}[value.lower()] if value.lower() in ("true", "false") else _fail()
         if kind is tuple:
@@ -137,10 +164,12 @@ def _typed(value: Any, kind: type) -> Any:
         typed = kind(value)
         return typed if kind is not float or math.isfinite(typed) else _fail()
     if kind is tuple and isinstance(value, list | tuple):
-        return tuple(value)
+        return tuple(item if isinstance(item, str) else _fail() for item in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    return value if type(value) is kind else _fail()
+    if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
+        return _fail()
+    return value
 
 
 def _fail() -> Any:

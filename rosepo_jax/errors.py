@@ -1,15 +1,25 @@
 """The exceptions that users see."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_LONGEST = 2000  # characters of a message; its beginning says where, its end what to do
+# Control characters, line ends of all kinds, half surrogate pairs, and marks that reverse the direction of writing.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(Exception):
     """Something the user can mend: bad input, bad config, a missing file.
 
     The message is one line: what is wrong, where (file, row, key), what to do. The command line prints it without a
-    traceback and exits with status 2.
+    traceback and exits with status 2. Whatever a file made of its own text, the message stays one line, of printable
+    characters, that a terminal can show.
     """
+
+    def __init__(self, message: object):
+        line = _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], str(message))
+        super().__init__(line if len(line) <= _LONGEST else f"{line[:1500]} ... {line[-450:]}")
 
 
 class Preempted(BaseException):  # as KeyboardInterrupt: no handler of mistakes may swallow it

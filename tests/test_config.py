@@ -73,25 +73,52 @@ def test_sweeps_of_a_file(tmp_path):
 
 
 FLAT = configuration.flatten(defaults.default())
-TEXT = st.text(st.characters(codec="utf-8", exclude_characters=","), min_size=1).map(str.strip).filter(bool)
+TEXT = (
+    st.text(st.characters(codec="utf-8", exclude_characters=",", exclude_categories=["Cc"]), min_size=1)
+    .map(str.strip)
+    .filter(bool)
+)
 VALUES = {
-    bool: st.booleans(),
-    int: st.integers(-(2**40), 2**40),
-    float: st.floats(allow_nan=False, allow_infinity=False),
-    str: TEXT,
-    tuple: st.lists(TEXT).map(tuple),
+    bool: lambda key: st.booleans(),
+    int: lambda key: st.integers(*configuration.limits(key, int)),
+    float: lambda key: st.floats(*configuration.limits(key, float)),
+    str: lambda key: TEXT,
+    tuple: lambda key: st.lists(TEXT).map(tuple),
 }
 
 
 @given(st.data())
 def test_every_key_reads_its_own_values_back_from_text(data):
     key = data.draw(st.sampled_from(sorted(FLAT)))
-    value = data.draw(VALUES[type(FLAT[key])])
+    value = data.draw(VALUES[type(FLAT[key])](key))
     text = ",".join(value) if isinstance(value, tuple) else str(value)
     config = defaults.default()
     configuration.override(config, key, text)
     assert configuration.flatten(config) == {**FLAT, key: value}
     assert type(configuration.flatten(config)[key]) is type(FLAT[key])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("sft.batch_size", "0"),
+        ("data.candidates", "-1"),
+        ("mesh.fsdp", "-2"),
+        ("seed", str(2**63)),
+        ("evaluate.bootstrap", str(2**31)),
+        ("data.test_share", "1.5"),
+        ("model.lora.dropout", "-0.1"),
+        ("seed", 10**400),
+        ("align.beta", 10**400),
+        ("data.path", "a\0b"),
+        ("data.path", "a\udcffb"),
+        ("data.path", "a\nb"),
+        ("evaluate.protocols", [["candidates"]]),
+    ],
+)
+def test_values_that_nothing_works_with(key, value):
+    with pytest.raises(UserError, match=rf"config.{key}=.* (must be|is not) "):
+        configuration.override(defaults.default(), key, value)
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "1e999", "", "0.1.2"])

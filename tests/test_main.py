@@ -1,5 +1,6 @@
 """The command line: overrides, where configs come from, one-line errors, exit statuses."""
 
+import errno
 import pathlib
 import subprocess
 import sys
@@ -102,6 +103,27 @@ def test_mistakes_are_one_line_and_status_2(here, executed, capsys, words, parts
     assert all(part in error for part in parts), error
     assert not executed
     assert not (here / "w").exists() and not (here / "runs").exists()
+
+
+@pytest.mark.parametrize("key", ["data.path", "data.titles", "model.path", "pairs.path"])
+def test_a_name_that_is_too_long(here, capsys, key):
+    assert (
+        cli.main(["prepare", "--config.data.source=table", "--config.data.path=x", f"--config.{key}={'x' * 5000}"]) == 2
+    )
+    error = capsys.readouterr().err
+    assert error.startswith("rosepo prepare: ") and error.count("\n") == 1 and len(error) < 2200
+
+
+def test_what_the_system_refuses_is_one_line_and_a_bug_is_not(here, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "w/a\nb")
+
+    monkeypatch.setattr(runtime, "execute", refuse)
+    assert cli.main(["prepare"]) == 2
+    assert capsys.readouterr().err == "rosepo prepare: w/a\\nb: No space left on device\n"
+    monkeypatch.setattr(runtime, "execute", lambda *_: pathlib.Path("nowhere").read_text())
+    with pytest.raises(FileNotFoundError):
+        cli.main(["prepare"])
 
 
 def test_interrupted_is_130(here, executed, monkeypatch, capsys):

@@ -4,13 +4,16 @@ import dataclasses
 import difflib
 import functools
 import os
+import pathlib
 import re
 import unicodedata
 
 import numpy as np
 
-from rosepo_jax import files
+from rosepo_jax import files, forms
 from rosepo_jax.errors import UserError
+
+_ROW = {"item": int, "id": str, "title": str, "groups": [str], "count": int}  # of catalogue.jsonl
 
 
 def normalise(title: str) -> str:
@@ -82,13 +85,14 @@ class Catalogue:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Catalogue":
-        """Reads what `save` wrote. UserError names the row that is out of order or lacks a field."""
+        """Reads what `save` wrote. UserError names the row that is out of order or lacks a field, and repeated ids."""
         rows = files.read_jsonl(path)
         for item, row in enumerate(rows):
-            if missing := {"item", "id", "title", "groups", "count"} - row.keys():
-                raise UserError(f"{path}: row {item + 1} lacks {', '.join(sorted(missing))}; run prepare again")
+            forms.check(row, _ROW, f"{path}: row {item + 1}", "run prepare again")
             if row["item"] != item:
                 raise UserError(f"{path}: row {item + 1} holds item {row['item']}, not {item}; run prepare again")
+        if not rows or len({row["id"] for row in rows}) < len(rows):
+            raise UserError(f"{path}: no items, or two with the same id; run prepare again")
         return cls(
             ids=tuple(row["id"] for row in rows),
             titles=tuple(row["title"] for row in rows),
@@ -120,3 +124,10 @@ class Catalogue:
     def _nearest(self, query: str) -> list[str]:
         names = difflib.get_close_matches(query, self._index_of_title, n=3, cutoff=0.0)
         return [self.titles[self._index_of_title[name]] for name in names]
+
+
+def load_names(prepared: pathlib.Path) -> tuple[list[str], Catalogue]:
+    """The users' raw ids by index, and the catalogue, from the folder of `prepare`."""
+    path = prepared / "users.json"
+    users = forms.check(files.read_json(path), [str], path, "run prepare again")
+    return users, Catalogue.load(prepared / "catalogue.jsonl")

@@ -99,7 +99,7 @@ class Items:
         self.repairs['empty titles: now "untitled ID"'] += not cleaned
         self.index[id] = len(self.titles)
         self.titles.append(cleaned or f"untitled {id}")
-        self.groups.append(tuple(group for group in groups if group))
+        self.groups.append(tuple(cleaned for group in groups if (cleaned := clean(group))))
 
     def catalogue(self) -> Catalogue:
         return Catalogue(

@@ -2,15 +2,16 @@
 
 import dataclasses
 import io
-import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rosepo_jax import files
+from rosepo_jax.data import tables
 from rosepo_jax.errors import UserError
 
 
@@ -48,6 +49,13 @@ COLUMNS = {
     "epsilon": "epsilon_ExK", "strategy": "strategy", "flipped": "flipped_E",
 }  # fmt: skip
 _TYPES = {"history": np.int32, "response_item": np.int32, "oracle_scores": np.float32, "epsilon": np.float32}
+_LISTS = ("rejected", "history", "response_item", "oracle_scores", "epsilon", "strategy")
+_IS = {
+    **dict.fromkeys(("prompt", "chosen", "rejected", "strategy"), pa.types.is_string),
+    **dict.fromkeys(("user", "position", "history", "response_item"), pa.types.is_integer),
+    **dict.fromkeys(("oracle_scores", "epsilon"), pa.types.is_floating),
+    "flipped": pa.types.is_boolean,
+}
 
 
 def write(path: pathlib.Path, pairs: Pairs) -> None:
@@ -61,12 +69,36 @@ def write(path: pathlib.Path, pairs: Pairs) -> None:
 
 
 def read(path: pathlib.Path) -> Pairs:
-    columns = pq.read_table(path).to_pydict()
-    for name, dtype in _TYPES.items():
-        columns[name] = np.array(columns[name], dtype)
-    for name in ("user", "position", "flipped"):
-        columns[name] = np.array(columns[name])
+    """What `write` wrote. UserError names the column that is not as it was."""
+    columns: dict[str, Any] = dict(read_some(path, COLUMNS))
+    try:
+        for name, dtype in _TYPES.items():
+            columns[name] = np.array(columns[name], dtype).reshape(len(columns[name]), -1)
+        for name in ("user", "position", "flipped"):
+            columns[name] = np.array(columns[name])
+    except (ValueError, OverflowError) as error:  # rows of different lengths, numbers that do not fit
+        raise UserError(f"{path}: column {name}: {error}; run `rosepo pairs` again") from None
     return Pairs(**{field: columns[name] for name, field in COLUMNS.items()})
+
+
+def read_some(path: pathlib.Path, names: Iterable[str] = ("epsilon", "strategy", "flipped")) -> dict[str, list]:
+    """Columns of a file that `write` wrote; by default those that a report shows."""
+    with tables.parquet(path) as file:
+        if missing := set(names) - set(file.schema_arrow.names):
+            raise UserError(f"{path}: no column {', '.join(sorted(missing))}; run `rosepo pairs` again")
+        table = file.read(columns=list(names))
+    found = {}
+    for name in names:
+        column, type = table.column(name), table.schema.field(name).type
+        values = column.combine_chunks()
+        if name in _LISTS and pa.types.is_list(type):
+            values, type = values.flatten(), type.value_type
+        elif name in _LISTS:
+            type = pa.null()
+        if not _IS[name](type) or column.null_count or values.null_count:
+            raise UserError(f"{path}: column {name} is not what `rosepo pairs` writes; run it again")
+        found[name] = column.to_pylist()
+    return found
 
 
 def write_trl(path: pathlib.Path, pairs: Pairs) -> None:
@@ -79,7 +111,7 @@ def write_trl(path: pathlib.Path, pairs: Pairs) -> None:
                     "prompt": prompt,
                     "chosen": pairs.chosen[e],
                     "rejected": rejected,
-                    "epsilon": float(pairs.epsilon_ExK[e, k]),
+                    "epsilon": None if np.isnan(epsilon := pairs.epsilon_ExK[e, k]) else float(epsilon),
                     "strategy": pairs.strategy[e][k],
                     "user": int(pairs.user_E[e]),
                     "position": int(pairs.position_E[e]),
@@ -95,9 +127,7 @@ def import_rows(path: pathlib.Path) -> Pairs:
 
     Conversational values (lists of {"role", "content"}) give their contents, joined by line ends.
     """
-    if not path.is_file():
-        raise UserError(f"pairs.path={path}: no such file")
-    found = []
+    found: list[tuple[str, str, list[str], list[float]]] = []
     for number, row in enumerate(_rows(path), 1):
         try:
             found.append(_row(row))
@@ -119,10 +149,7 @@ def import_rows(path: pathlib.Path) -> Pairs:
 def _rows(path: pathlib.Path) -> list[dict]:
     if path.suffix != ".parquet":
         return files.read_jsonl(path)
-    try:
-        return pq.read_table(path).to_pylist()
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+    return [row for _, row in tables.records(path)]
 
 
 def _row(row: dict) -> tuple[str, str, list[str], list[float]]:
@@ -148,5 +175,5 @@ def _text(value) -> str:
     if isinstance(value, list) and all(isinstance(turn, dict) and "content" in turn for turn in value):
         value = "\n".join(str(turn["content"]) for turn in value)
     if not isinstance(value, str) or not value:
-        raise ValueError(f"has {json.dumps(value)[:80]} where a text or a list of turns belongs")
+        raise ValueError(f"has {value!r:.80} where a text or a list of turns belongs")
     return value

@@ -5,21 +5,22 @@ the end of each response. Text that comes from data never becomes a control toke
 is ever inferred from `ids != pad`. A prompt that is too long drops its oldest history items, nothing else.
 """
 
+import contextlib
 import dataclasses
-import functools
 import pathlib
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from rosepo_jax import files
+from rosepo_jax.data import chat as chats
 from rosepo_jax.errors import UserError
 
 HISTORY = {"history", "history_line"}
 CANDIDATES = {"candidates", "candidates_line"}
 SLOTS = {*HISTORY, "history_count", *CANDIDATES, "candidate_count"}
-DATE = "26 Jul 2024"  # for chat templates that print today's date
+LARGEST = 1 << 20  # bytes of a template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +42,11 @@ class Template:
         if not path.is_file():
             known = ", ".join(sorted(p.stem for p in shipped.parent.glob("*.txt")))
             raise UserError(f"data.template: no template {name!r}: give a path or one of {known}")
+        template = cls(files.read_text(path, LARGEST))
         try:
-            template = cls(path.read_text("utf-8"))
             slots = template.slots
         except ValueError as error:
-            raise UserError(f"{path}: {error}; write UTF-8, and {{{{ or }}}} for a brace that is no slot's") from None
+            raise UserError(f"{path}: {error}; write {{{{ or }}}} for a brace that is no slot's") from None
         if not slots & HISTORY or slots - SLOTS:
             raise UserError(
                 f"{path}: needs the slot {{history}} or {{history_line}} and may use {sorted(SLOTS)}, "
@@ -125,20 +126,32 @@ class Encoder:
     """
 
     def __init__(self, directory, template: Template, prompt_length: int, response_length: int, chat: bool = False):
-        import transformers
-
         self.template, self.prompt_length, self.response_length = template, prompt_length, response_length
         if not (pathlib.Path(directory) / "tokenizer.json").is_file():
             raise UserError(
                 f"{directory}: no tokenizer.json; transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) "
                 "writes one"
             )
+        self._where, self._chat, self._lead, self._tail = directory, chat, "", ""
+        with _one_line(directory):
+            self._open(directory)
+        self.identity = files.hash_json(
+            [
+                files.hash_tree(pathlib.Path(directory) / "tokenizer.json"),
+                *(template.text, prompt_length, chat),
+                *(self.before, self._lead, self._tail, self.after, self.eos),
+            ]
+        )
+
+    def _open(self, directory) -> None:
+        import transformers
+
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(directory), trust_remote_code=False, local_files_only=True
         )
         if tokenizer.eos_token_id is None:
             raise UserError(f"{directory}: the tokenizer names no end-of-sequence token")
-        if chat and not tokenizer.chat_template:
+        if self._chat and not tokenizer.chat_template:
             raise UserError(f"model.chat_template: the tokenizer in {directory} has no chat template")
         self.eos: int = tokenizer.eos_token_id
         self.pad: int = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -152,22 +165,14 @@ class Encoder:
             if token.special or (token.content in written and not token.content.isspace())
         }
         self._unknown = tokenizer.unk_token_id
-        self._chat, self._lead, self._tail = chat, "", ""
         self._tokenizer = self._prompt_tokenizer = tokenizer.backend_tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        if chat:
-            self._enter_chat(*_around(tokenizer, directory))
+        if self._chat:
+            self._enter_chat(*chats.around(tokenizer.get_chat_template(), tokenizer.special_tokens_map))
         for each in (self._tokenizer, self._prompt_tokenizer):
             each.add_special_tokens(list(self._control.values()))  # adds none: it makes them count as special
             each.encode_special_tokens = True  # a control token's text inside a title stays plain text
-        self.identity = files.hash_json(
-            [
-                files.hash_tree(pathlib.Path(directory) / "tokenizer.json"),
-                *(template.text, prompt_length, chat),
-                *(self.before, self._lead, self._tail, self.after, self.eos),
-            ]
-        )
 
     def _enter_chat(self, before: str, after: str, ending: str) -> None:
         """Takes over what the chat template writes before and after a prompt's text, and after a response.
@@ -189,7 +194,8 @@ class Encoder:
 
     def _encode(self, tokenizer, texts: Sequence[str]) -> list[list[int]]:
         """Ids without any control token, not even one that the tokenizer has learned to merge from its letters."""
-        rows = [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        with _one_line(self._where):
+            rows = [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
         return [
             ids if self._control.keys().isdisjoint(ids) else [piece for id in ids for piece in self._spell(id)]
             for ids in rows
@@ -244,21 +250,18 @@ class Encoder:
         return rows
 
 
-def _around(tokenizer, directory) -> tuple[str, str, str]:
-    """What the chat template writes before and after the user's text, and after the assistant's.
-
-    The same on every day: the date is fixed. Thinking is off, so that the title follows at once.
-    """
-    user, assistant = "\u241fuser\u241f", "\u241fassistant\u241f"
-    turns = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    fixed = f"{{% macro strftime_now(format) %}}{DATE}{{% endmacro +%}}" + tokenizer.get_chat_template()
-    render = functools.partial(
-        tokenizer.apply_chat_template, chat_template=fixed, tokenize=False, date_string=DATE, enable_thinking=False
-    )
-    parts = str(render(turns[:1], add_generation_prompt=True)).split(user)
-    if len(parts) != 2:
-        raise UserError(f"{directory}: the chat template must write the user's text once, not {len(parts) - 1} times")
-    return parts[0], parts[1], str(render(turns)).partition(assistant)[2]
+@contextlib.contextmanager
+def _one_line(directory) -> Iterator[None]:
+    """What the libraries make of damaged or hostile tokenizer files: any error, even the end of a thread of Rust."""
+    try:
+        yield
+    except UserError as error:
+        raise error if str(directory) in str(error) else UserError(f"{directory}: {error}") from None
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        said = f"{type(error).__name__}: {error}"
+        raise UserError(f"{directory}: its tokenizer cannot be used ({said}); fetch or convert it again") from None
 
 
 def pad(rows: Sequence[Sequence[int]], length: int, value: int) -> tuple[np.ndarray, np.ndarray]:

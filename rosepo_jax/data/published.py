@@ -17,7 +17,6 @@ _SPLITS = {"train": TRAIN, "val": VALIDATION, "test": TEST}
 _NAMES = {"val": "validation", "test": "test"}
 _TITLES = ("id2name.txt", "id2title.txt", "id2title.tsv")
 _SESSIONS = ("sessions.tsv", "sessions_reconstructed.tsv")
-_LARGEST_JSON = 1 << 28  # bytes; unlike JSON lines, a JSON list is read whole
 
 
 class _Sequence(NamedTuple):
@@ -195,8 +194,6 @@ def _llara_rows(file: pathlib.Path) -> Iterator[_Ready]:
 
 def _sdpo_rows(file: pathlib.Path, items: Items) -> Iterator[_Ready]:
     """A JSON list, its rows counted from 1; names become ids by exact title, the first of equal ones."""
-    if file.stat().st_size > _LARGEST_JSON:
-        raise UserError(f"{file}: larger than {_LARGEST_JSON >> 20} MiB; a JSON list is read whole, so split it")
     id_of_title: dict[str, str] = {}
     for id, index in items.index.items():
         id_of_title.setdefault(items.titles[index], id)

@@ -30,8 +30,9 @@ by first appearance. Repairs, each counted in `RawLog.repairs` under the name it
 - users with one interaction: kept (the k-core filter of `prepare` may remove them)
 
 Errors, each one line with file and row: a missing, unreadable or empty file; a missing column; a row with too few or
-too many fields; broken UTF-8; invalid JSON, CSV or Parquet; a row longer than 1 MiB; an empty id; a timestamp or
-rating that is not a finite number; an unknown target or candidate in a ready-made evaluation row; no interaction left.
+too many fields; broken UTF-8; invalid JSON, CSV or Parquet; a row longer than 1 MiB; a .gz or Parquet file that would
+unpack to over 50 times its size; an empty id; a timestamp or rating that is not a finite number; an unknown target or
+candidate in a ready-made evaluation row; no interaction left.
 Blank lines, CRLF line ends, byte-order marks and quoted commas are read as what they mean and are no repair.
 """
 
@@ -183,6 +184,8 @@ def _columns(
         groups = get("groups", record, source, row) if columns["groups"] else None
         if isinstance(groups, str | bytes):
             groups = tables.text(groups, columns["groups"], source, row).split(group_separator)
+        if groups is not None and not isinstance(groups, Iterable):
+            raise UserError(f"{source}: row {row}: {columns['groups']} {groups!r:.60} is neither text nor a list")
         groups = [tables.text(group, columns["groups"], source, row) for group in (() if groups is None else groups)]
         items.add(row, text("item", record, source, row), title, groups)
 
@@ -223,7 +226,10 @@ def _coded(column: Any) -> Coded | None:
     if not (types.is_integer(column.type) or types.is_string(column.type) or types.is_large_string(column.type)):
         return None
     chunks = column.dictionary_encode().unify_dictionaries().chunks
-    ids = tuple(map(str, chunks[0].dictionary.to_pylist()))
+    try:
+        ids = tuple(map(str, chunks[0].dictionary.to_pylist()))
+    except UnicodeDecodeError:
+        return None
     code_E = np.concatenate([chunk.indices.to_numpy() for chunk in chunks]).astype(np.int64)
     return Coded(ids, code_E) if all(map(str.strip, ids)) else None
 

@@ -19,6 +19,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
+from rosepo_jax import files, forms
 from rosepo_jax.data.rows import SPLITS, Rows
 from rosepo_jax.errors import UserError
 
@@ -31,6 +32,10 @@ FIELDS = {
     "candidates": "candidates_ExC",
 }
 NAME, VERSION = "rosepo_rows", "1.0.0"
+MOST = 1 << 16  # items of a history or list of candidates
+INFO = {"splits": [{"name": str, "shardLengths?": [str]}]}  # of dataset_info.json
+_SHAPE = {"tensor": {"shape": {"dimensions": [str]}}}
+FEATURES = {"featuresDict": {"features": {"history": _SHAPE, "candidates": _SHAPE}}}
 BLOCK = 1 << 12  # records made or read at a time: they stay in the cache
 SHARD = 1 << 28  # bytes of the records of a file, at most
 # Records that are groups of their own are what Grain asks for (it logs an error about others, and reads them). In a
@@ -156,9 +161,17 @@ class Source:
     No file is opened before it is asked for. Of an open one the places of its groups of records are kept in memory.
     """
 
-    def __init__(self, shards: Sequence[tuple[str, int]], n_history: int, n_candidates: int):
-        """shards: path and number of rows of each file."""
+    def __init__(
+        self,
+        shards: Sequence[tuple[str, int]],
+        n_history: int,
+        n_candidates: int,
+        users: int | None = None,
+        items: int | None = None,
+    ):
+        """shards: path and number of rows of each file. users, items: how many there are, for rows that name others."""
         self._layout = _Layout(n_history, n_candidates)
+        self._shards, self._known = shards, (users, items, items, items)
         self._reader = functools.cache(
             lambda shard: array_record_module.ArrayRecordReader(
                 shards[shard][0], options=READER, file_reader_buffer_size=1 << 15
@@ -181,8 +194,24 @@ class Source:
         # Not reader.read([place, ...]), which goes through the places of all records of the file each time.
         records: list[bytes] = []
         for shard, start, stop in zip(shard_E[run].tolist(), place_E[run].tolist(), (place_E[end - 1] + 1).tolist()):
-            records += self._reader(shard).read(start, stop)
-        return self._layout.decode(records)
+            records += self._records(shard, start, stop)
+        rows = self._layout.decode(records)
+        for column, known in zip((rows.user_E, rows.history_ExN, rows.target_E, rows.candidates_ExC), self._known):
+            if known is not None and column.size and not -1 <= column.min() <= column.max() < known:
+                raise self._damaged("a row names a user or an item that is not in the lists beside it")
+        return rows
+
+    def _records(self, shard: int, start: int, stop: int) -> list[bytes]:
+        try:
+            records = self._reader(shard).read(start, stop)
+        except (OSError, RuntimeError, ValueError, IndexError) as error:
+            raise self._damaged(" ".join(str(error).split())) from None
+        if any(len(record) != self._layout.size for record in records) or len(records) != stop - start:
+            raise self._damaged("records of another length")
+        return records
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(f"{pathlib.Path(self._shards[0][0]).parent}: damaged ({what}); run `rosepo prepare` again")
 
     def read(self) -> Rows:
         """All rows."""
@@ -190,21 +219,53 @@ class Source:
         return Rows(**{field: np.concatenate([getattr(part, field) for part in parts]) for field in FIELDS.values()})
 
 
-def source(directory: str | os.PathLike, split: str) -> Source:
+def source(directory: str | os.PathLike, split: str, *, users: int | None = None, items: int | None = None) -> Source:
     """The rows of a split of the data set in `directory`; none when nothing was written for that split.
 
-    Errors: UserError for an unknown split, and when the folder holds no such data set.
+    TFDS is not asked what the folder holds: it would import whatever module features.json names.
+    Errors: UserError for an unknown split, and when the folder holds no such data set, or a damaged one; when rows are
+    taken, also for numbers of users and items beyond how many there are.
     """
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; use one of {', '.join(SPLITS)}")
-    if not (pathlib.Path(directory) / "features.json").is_file():
+    directory = pathlib.Path(directory)
+    if not (directory / "features.json").is_file():
         raise UserError(f"{directory}: no prepared data set here; run `rosepo prepare` first")
-    info = tfds.builder_from_directory(directory).info
-    files = info.splits[split].file_instructions if split in info.splits else []
-    shapes = info.features["history"].shape[0], info.features["candidates"].shape[0]
-    return Source([(file.filename, file.take) for file in files], *shapes)
+    again = "run `rosepo prepare` again"
+    features, info = (
+        forms.check(files.read_json(directory / name), form, directory / name, again)
+        for name, form in (("features.json", FEATURES), ("dataset_info.json", INFO))
+    )
+    tensors = features["featuresDict"]["features"]
+    sizes = [tensors[name]["tensor"]["shape"]["dimensions"] for name in ("history", "candidates")]
+    lengths: list[str] = next((each.get("shardLengths", []) for each in info["splits"] if each["name"] == split), [])
+    if any(len(size) != 1 or _number(size[0]) > MOST for size in sizes) or min(map(_number, lengths), default=1) < 1:
+        raise UserError(f"{directory}: shapes or numbers of rows that no data set has; {again}")
+    suffix = tfds.core.FileFormat.ARRAY_RECORD.file_suffix
+    paths = [f"{NAME}-{split}.{suffix}-{shard:05}-of-{len(lengths):05}" for shard in range(len(lengths))]
+    if missing := [path for path in paths if not (directory / path).is_file()]:
+        raise UserError(f"{directory / missing[0]}: no such file; {again}")
+    shards = [(os.fspath(directory / path), _number(length)) for path, length in zip(paths, lengths)]
+    n_history, n_candidates = (_number(size) for (size,) in sizes)
+    return Source(shards, n_history, n_candidates, users, items)
 
 
-def read(directory: str | os.PathLike, split: str) -> Rows:
+def _number(text: str) -> int:
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 16 else -1
+
+
+def read(directory: str | os.PathLike, split: str, *, users: int | None = None, items: int | None = None) -> Rows:
     """All rows of a split, in the order they were written; see `source`."""
-    return source(directory, split).read()
+    return source(directory, split, users=users, items=items).read()
+
+
+def train_items(prepared: pathlib.Path, items: int) -> tuple[np.ndarray, np.ndarray]:
+    """(indptr, items): the training items of each user, as `prepare` wrote them."""
+    path = prepared / "train_items.npz"
+    indptr, item = files.read_npz(path, "indptr", "items")
+    whole = all(column.ndim == 1 and column.dtype.kind in "iu" for column in (indptr, item))
+    if not whole or not len(indptr) or indptr[0] != 0 or indptr[-1] != len(item) or (np.diff(indptr) < 0).any():
+        raise UserError(f"{path}: not lists of items; run `rosepo prepare` again")
+    if len(item) and not 0 <= item.min() <= item.max() < items:
+        raise UserError(f"{path}: names items that are not in the catalogue; run `rosepo prepare` again")
+    return indptr, item

@@ -1,21 +1,18 @@
 """Reading tables row by row: memory bounded by one row, every error named by file and row (the line number, from 1).
 Columns of Parquet tables are also read whole.
 
-A row longer than `ROW_LIMIT` bytes is refused after that many bytes, so a file without line ends never fills memory.
+A row longer than `files.ROW` bytes is refused after that many bytes, so a file without line ends never fills memory.
 """
 
+import contextlib
 import csv
-import gzip
-import json
 import math
 import pathlib
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
+from rosepo_jax import files
 from rosepo_jax.errors import UserError
-
-ROW_LIMIT = 1 << 20  # bytes
 
 Record = tuple[int, dict[str, Any]]  # row number, columns
 
@@ -65,25 +62,19 @@ def parquet_column(path: pathlib.Path, name: str) -> Any:
     """A whole column of a .parquet file as a pyarrow.ChunkedArray; None when it is no Parquet file or has no such one.
     Whatever else is wrong with a file is left to `records`, which names the row.
     """
-    import pyarrow
-    import pyarrow.parquet
-
     if path.suffix != ".parquet":
         return None
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with parquet(path) as file:
             return file.read([name]).column(name) if file.schema_arrow.names.count(name) == 1 else None
-    except (OSError, pyarrow.ArrowException):
+    except UserError:
         return None
 
 
 def json_lines(path: pathlib.Path) -> Iterator[Record]:
     """(row, object) of a JSON-lines file."""
     for row, line in lines(path):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:  # also a whole number of thousands of digits
-            raise UserError(f"{path}: row {row} is not valid JSON ({error})") from None
+        value = files.parse_json(line, f"{path}: row {row}", surrogates=True)  # `log.clean` repairs them
         if not isinstance(value, dict):
             raise UserError(f"{path}: row {row} is not a JSON object")
         yield row, value
@@ -121,30 +112,17 @@ def text(value: Any, name: str, path: pathlib.Path, row: int) -> str:
 
 
 def _lines(path: pathlib.Path, encoding: str) -> Iterator[tuple[int, str]]:
-    """(row, text with its line end), the byte-order mark removed."""
+    """`files.lines` of a file that is not empty."""
     empty = True
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            for row, line in enumerate(iter(lambda: file.readline(ROW_LIMIT + 1), b""), 1):
-                if len(line) > ROW_LIMIT:
-                    raise UserError(f"{path}: row {row} is longer than {ROW_LIMIT} bytes; is this a text table?")
-                if row == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                try:
-                    decoded = line.decode(encoding)
-                except UnicodeDecodeError as error:
-                    where = f"byte {error.start + 1} of the row"
-                    raise UserError(f"{path}: row {row} is not {encoding} ({where}); convert the file") from None
-                empty = empty and not decoded.strip()
-                yield row, decoded
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    for row, line in files.lines(path, encoding):
+        empty = empty and not line.strip()
+        yield row, line
     if empty:
         raise UserError(f"{path}: the file is empty")
 
 
 def _csv(path: pathlib.Path, separator: str) -> Iterator[Record]:
-    csv.field_size_limit(ROW_LIMIT)  # an unclosed quote ends here, not at the end of the file
+    csv.field_size_limit(files.ROW)  # an unclosed quote ends here, not at the end of the file
     reader = csv.reader((line for _, line in _lines(path, "utf-8")), delimiter=separator, strict=True)
     header: list[str] = []
     try:
@@ -163,15 +141,28 @@ def _csv(path: pathlib.Path, separator: str) -> Iterator[Record]:
         raise UserError(f"{path}: row {reader.line_num} is not valid CSV ({error})") from None
 
 
-def _parquet(path: pathlib.Path) -> Iterator[Record]:
+@contextlib.contextmanager
+def parquet(path: pathlib.Path) -> Iterator[Any]:
+    """An open pyarrow.parquet.ParquetFile. UserError for what goes wrong while it is read, and for one that would
+    unpack to far more than its size.
+    """
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            row = 0
-            for batch in file.iter_batches(batch_size=4096):
-                for row, record in enumerate(batch.to_pylist(), row + 1):  # noqa: B020
-                    yield row, record
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+        with files.open_file(path) as content, pyarrow.parquet.ParquetFile(content) as file:
+            rows, most = file.metadata.num_rows, max(files.ANYHOW, files.GROWTH * path.stat().st_size)
+            groups = (file.metadata.row_group(group) for group in range(file.metadata.num_row_groups))
+            if rows > most or sum(group.total_byte_size for group in groups) > most:
+                raise UserError(f"{path}: unpacks to over {files.GROWTH} times its size; unpack it if you trust it")
+            yield file
+    except (OSError, ValueError, OverflowError, KeyError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read as Parquet ({error})") from None
+
+
+def _parquet(path: pathlib.Path) -> Iterator[Record]:
+    with parquet(path) as file:
+        row = 0
+        for batch in file.iter_batches(batch_size=4096):
+            for row, record in enumerate(batch.to_pylist(), row + 1):  # noqa: B020
+                yield row, record

@@ -378,7 +378,7 @@ def html(found: Mapping[str, Any]) -> str:
         for label, cells in row:
             title, first = (label, report.name(model)) if label == SAME else (report.name(model), label)
             shown = [
-                _cell(cell, found["protocols"][place]["n"]) for cell, (place, _) in zip(cells, places, strict=True)
+                _cell(cell, found["protocols"][place].get("n")) for cell, (place, _) in zip(cells, places, strict=True)
             ]
             bodies.setdefault(title, []).append([first, *shown])
     header = ["settings that differ", *(page.under(report.words(metric), protocol) for protocol, metric in places)]

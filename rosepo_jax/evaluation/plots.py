@@ -178,6 +178,7 @@ def slots(shares: Mapping[str, Sequence[float]], labels: Mapping[str, str], desc
     return "".join(
         _draw(f"{description}: {labels.get(model, model)}", functools.partial(paint, model, share))
         for model, share in shares.items()
+        if len(share)
     )
 
 

@@ -67,15 +67,17 @@ class Setting:
         return {"candidates": d.candidates, "sampling": d.candidate_sampling, "never_listed": d.candidate_exclude}
 
 
-def rows_of(config: ConfigDict, prepared: pathlib.Path, protocol: str) -> Rows:
+def rows_of(
+    config: ConfigDict, prepared: pathlib.Path, protocol: str, users: int | None = None, items: int | None = None
+) -> Rows:
     """The test rows that a protocol asks about; of `generate` at most evaluate.max_generate, chosen by hash.
 
-    Errors: UserError for an unknown protocol, and when its split has no rows.
+    Errors: UserError for an unknown protocol, when its split has no rows, and as `store.source` says.
     """
     if protocol not in PROTOCOLS:
         raise UserError(f"evaluate.protocols: unknown {protocol!r}; choose from {', '.join(PROTOCOLS)}")
     split = PROTOCOLS[protocol].split
-    rows = store.read(prepared / "dataset", split)
+    rows = store.read(prepared / "dataset", split, users=users, items=items)
     if not len(rows):
         hint = "set data.windows=True" if split == "windows" else "lower data.min_history or data.core_user"
         raise UserError(f"evaluate: the {split} split has no rows; {hint}")
@@ -195,7 +197,12 @@ class Truth:
     @classmethod
     def load(cls, prepared: pathlib.Path) -> "Truth | None":
         path = prepared / "truth.npz"
-        return cls(np.load(path, allow_pickle=False)["utility_UxI"]) if path.is_file() else None
+        if not path.is_file():
+            return None
+        (utility_UxI,) = files.read_npz(path, "utility_UxI")
+        if utility_UxI.ndim != 2 or utility_UxI.dtype.kind != "f":
+            raise UserError(f"{path}: not a table of numbers; run `rosepo prepare` again")
+        return cls(utility_UxI)
 
     def figures(self, setting: Setting, answers: Mapping[str, Answers], pairs: Pairs) -> tuple[dict, dict]:
         """True-preference win rate and pair accuracy of every model, and epsilon against the true label flips.

@@ -6,12 +6,13 @@ the correction is there, gives p < 0.05.
 
 import dataclasses
 import math
+import os
 import shlex
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from rosepo_jax import config, configuration, seeds
+from rosepo_jax import config, configuration, files, forms, seeds
 from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.errors import UserError
 
@@ -103,6 +104,46 @@ OUTCOMES = {  # of verdicts
 }
 
 
+# What results.json must look like. A cell is a metric with its interval; lists and objects without a value are passed
+# over where a cell is wanted.
+_BOUNDS = (None, [float, 2])
+_CELL = (None, float, list, {"value?": (None, float), "ci95?": _BOUNDS, "n?": (None, int)})
+_CLASS = {"value": (None, float), "ci95?": _BOUNDS, "n?": (None, int), "counts?": (None, [int])}
+_COMPARISON = {
+    "protocol": str, "metric": str, "a": str, "b": str, "difference": float, "ci95?": _BOUNDS, "n?": (None, int),
+    "test?": (None, str), **dict.fromkeys(("p?", "p_holm?", "q_bh?", "p_mcnemar?", "detectable?"), (None, float)),
+}  # fmt: skip
+_FOREIGN = {"HR@1": _CELL, "HR@1_own": _CELL, "popularity?": _CELL, "n": int}
+_ORDER = {"HR@1": [float], "changed": _CELL, "slot_share": [float], "n": int}
+_PUBLISHED_ROW = {"model": str, "source?": str, "HR@1?": _CELL, "valid_ratio?": _CELL}
+RESULTS = {
+    "protocols": {
+        str: {
+            "hash": str,
+            "n?": int,
+            "semantic_space?": (None, str),
+            "candidates?": int,
+            "titles?": int,
+            "sampling?": str,
+            "models": {
+                str: {
+                    "HR@1_by_decile?": [_CLASS | {"decile": int}],
+                    "HR@1_by_history?": [_CLASS | {"history": [int, 2]}],
+                    str: _CELL,
+                }
+            },
+        }
+    },
+    "comparisons?": [_COMPARISON],
+    "probes?": {str: {"foreign_history?": _FOREIGN, "order?": _ORDER}},
+    "truth?": {"models?": {str: {str: _CELL}}, str: _CELL},
+    "oracle?": {str: (None, float)},
+    "published?": (None, {"title": str, "n": (None, int), "how?": str, "defects?": [str], "rows": [_PUBLISHED_ROW]}),
+    "defects?": [str],
+    "notes?": [str],
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Material:
     """What a report is made of; only `results` is required."""
@@ -121,8 +162,13 @@ class Material:
 # ---- the results -----------------------------------------------------------------------------------------------------
 
 
+def read(path: str | os.PathLike) -> dict:
+    """A results.json, of `evaluate` or of another system. UserError names the place that is not as it must be."""
+    return forms.check(files.read_json(path), RESULTS, path, "evaluate again")
+
+
 def check(results: Mapping[str, Any]) -> None:
-    """Refuses results without protocols, and protocols whose models were counted over different numbers of rows."""
+    """Refuses results without protocols, and protocols whose models were counted over different rows or classes."""
     if not isinstance(results.get("protocols"), Mapping) or not results["protocols"]:
         raise UserError("results.json: no protocols; run `rosepo evaluate` again")
     for name, protocol in results["protocols"].items():
@@ -130,6 +176,9 @@ def check(results: Mapping[str, Any]) -> None:
         sizes = {model: found["n"] for model, found in cells.items() if "n" in found}
         if len(set(sizes.values())) > 1:
             raise UserError(f"results.json: {name} counts its models over different rows (n: {sizes}); evaluate again")
+        for metric in ("HR@1_by_decile", "HR@1_by_history"):
+            if len({len(model[metric]) for model in protocol["models"].values() if model.get(metric)}) > 1:
+                raise UserError(f"results.json: {name} has {metric} of different classes; evaluate again")
 
 
 def with_others(results: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict:

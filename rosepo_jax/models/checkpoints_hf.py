@@ -43,7 +43,7 @@ TOKENIZER_FILES = (
 )
 _INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")  # unpickling runs code from the file
-_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _CHUNK = 8 << 20  # bytes of a file that are held at a time
 _LAYER = {  # module below blocks/ -> name below model.layers.N.
     "attention_norm": "input_layernorm",
@@ -214,7 +214,7 @@ class Tensor:
 
     def load(self, index: tuple[slice, ...], flip: bool, dtype: np.dtype) -> np.ndarray:
         """The part `index` of the tensor (of its transpose where `flip`), read a few MiB at a time."""
-        stored = np.dtype(_DTYPES[self.dtype])
+        stored = np.dtype(DTYPES[self.dtype])
         ranges = [range(*part.indices(size)) for part, size in zip(index[::-1] if flip else index, self.shape)]
         shape = [len(part) for part in ranges]
         out = _aligned(tuple(shape[::-1] if flip else shape), dtype)
@@ -237,18 +237,25 @@ class Tensor:
 def headers(file: pathlib.Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file; the library checks sizes, offsets and overlaps before anything is read."""
     try:
-        with safetensors.safe_open(file, framework="np") as handle:
-            handle.keys()
-        with open(file, "rb") as stream:
+        with files.open_file(file) as stream:
+            with safetensors.safe_open(file, framework="np") as handle:
+                handle.keys()
             size = int.from_bytes(stream.read(8), "little")
-            raw = json.loads(stream.read(size))
-    except (safetensors.SafetensorError, ValueError) as error:
+            raw = json.loads(stream.read(size), object_pairs_hook=_once)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file}: damaged or not a safetensors file ({error}); fetch it again") from None
     return {
         name: Tensor(file, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
         for name, entry in raw.items()
         if name != "__metadata__"
     }
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a name that stands twice the library may have checked one entry, and Python would take the other."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name stands twice")
+    return dict(pairs)
 
 
 def _account(directory: pathlib.Path, config: DecoderConfig) -> dict[str, Tensor]:
@@ -276,7 +283,7 @@ def _account(directory: pathlib.Path, config: DecoderConfig) -> dict[str, Tensor
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             raise UserError(f"{directory}: {name} has shape {tensors[name].shape}, but config.json asks for {shape}")
-        if tensors[name].dtype not in _DTYPES:
+        if tensors[name].dtype not in DTYPES:
             raise UserError(f"{directory}: {name} has dtype {tensors[name].dtype}; quantised weights are not supported")
     if head is not None and not _equal(head, tensors[_TOP["embedding"]]):
         raise UserError(
@@ -298,7 +305,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
         return False
     rows = max(1, _CHUNK // (4 * math.prod(a.shape[1:])))
     blocks = [(slice(start, start + rows), slice(None)) for start in range(0, a.shape[0], rows)]
-    dtype = np.dtype(_DTYPES[a.dtype])
+    dtype = np.dtype(DTYPES[a.dtype])
     return all(np.array_equal(a.load(block, False, dtype), b.load(block, False, dtype)) for block in blocks)
 
 

@@ -36,6 +36,12 @@ REMAT = {
 }
 
 
+# Far beyond any model; what a hostile config.json claims is compared with the weights only after shapes are computed.
+MOST_LAYERS = 1 << 12
+_SIZES = ("vocabulary", "width", "heads", "kv_heads", "head_dim", "mlp_width")
+_MOST = {"layers": MOST_LAYERS, **dict.fromkeys(_SIZES, 1 << 28)}
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Shape of the network, and what its family does differently from Llama."""
@@ -71,6 +77,9 @@ class DecoderConfig:
             value = getattr(self, name)
             frozen = tuple(tuple(item) if isinstance(item, list) else item for item in value or ())
             object.__setattr__(self, name, None if value is None else frozen)
+        for name, most in _MOST.items():
+            if not 0 < getattr(self, name) <= most:
+                raise UserError(f"{name} = {getattr(self, name)}: a model has 1 to {most:,}")
         if self.sliding and (len(self.sliding) != self.layers or self.window < 1):
             raise ValueError("sliding layers need one flag a layer and a window of at least 1")
 

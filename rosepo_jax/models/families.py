@@ -12,9 +12,9 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rosepo_jax import files
+from rosepo_jax import files, forms
 from rosepo_jax.errors import UserError
-from rosepo_jax.models.decoder import DecoderConfig
+from rosepo_jax.models.decoder import MOST_LAYERS, DecoderConfig
 
 _QKV = ("attention/query", "attention/key", "attention/value")
 _ATTENTION = (*_QKV, "attention/output")
@@ -111,12 +111,10 @@ _ROPE: dict[str, tuple[str, ...]] = {  # scaling type -> its numbers
 def read_config(path: str | os.PathLike) -> DecoderConfig:
     """The decoder that a config.json describes. UserError names the architecture or field that is not supported."""
     path = pathlib.Path(path)
-    raw = files.read_json(path)
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: not a JSON object")
+    raw = forms.check(files.read_json(path), dict, path, "give a config.json of transformers")
     if raw.get("model_type") == "gemma3" and isinstance(raw.get("text_config"), dict):
         raw = {"model_type": "gemma3_text", **raw["text_config"]}  # the language model of an image-and-text model
-    family = raw.get("model_type", "llama")
+    family = str(raw.get("model_type", "llama"))
     if family not in FAMILIES or raw.get("architectures") not in (None, [FAMILIES[family].architecture]):
         known = ", ".join(f"{name} ({row.architecture})" for name, row in FAMILIES.items())
         raise UserError(
@@ -133,14 +131,14 @@ def read_config(path: str | os.PathLike) -> DecoderConfig:
     given = raw
     raw = {**row.defaults, **raw}
 
-    activation = raw.get("hidden_activation") or raw.get("hidden_act")
+    activation = str(raw.get("hidden_activation") or raw.get("hidden_act"))
     if activation not in _ACTIVATIONS:
         raise UserError(f"{path}: activation {activation!r} is not supported, only {', '.join(_ACTIVATIONS)}")
     heads, width = (_number(path, raw, key, int) for key in ("num_attention_heads", "hidden_size"))
     layers = _number(path, raw, "num_hidden_layers", int)
     kv_heads = _number(path, raw, "num_key_value_heads", int, heads)
     head_dim = _number(path, raw, "head_dim", int, width // heads)
-    if heads % kv_heads or head_dim % 2:
+    if heads % kv_heads or head_dim % 2 or not head_dim:
         raise UserError(
             f"{path}: num_attention_heads {heads}, num_key_value_heads {kv_heads}, head_dim {head_dim} do not fit:"
             " the second must divide the first, the third be even"
@@ -148,7 +146,7 @@ def read_config(path: str | os.PathLike) -> DecoderConfig:
     biases = _ATTENTION if _flag(path, raw, "attention_bias") else _QKV if row.attention_bias else ()
     theta, scaling, local_theta = _rope(path, raw, given)
     sliding = _sliding(path, raw, row, layers)
-    return DecoderConfig(
+    fields = dict(
         vocabulary=_number(path, raw, "vocab_size", int),
         width=width,
         layers=layers,
@@ -172,6 +170,21 @@ def read_config(path: str | os.PathLike) -> DecoderConfig:
         local_rope_theta=local_theta if any(sliding) else None,
         **row.always,
     )
+    try:
+        return DecoderConfig(**fields)
+    except UserError as error:  # sizes beyond any model
+        raise UserError(f"{path}: {error}") from None
+
+
+def refuse_unknown(config: DecoderConfig) -> None:
+    """UserError for a family, an activation or a scaling of positions that there is not."""
+    scaling = dict(config.rope_scaling or ())
+    kind = scaling.get("rope_type", "default")
+    known = isinstance(kind, str) and kind in _ROPE
+    if config.family not in FAMILIES or config.activation not in _ACTIVATIONS.values() or not known:
+        raise UserError(f"family {config.family!r}, activation {config.activation!r} or {scaling} is not known")
+    if any(type(scaling.get(key)) not in (int, float) for key in _ROPE[kind]):
+        raise UserError(f"rope_scaling {scaling} lacks a number")
 
 
 def architecture(name: str) -> DecoderConfig:
@@ -244,8 +257,7 @@ def _number(path: pathlib.Path, raw: Mapping, key: str, kind: type, default: Any
     value: Any = default if raw.get(key) is None else raw[key]
     if value is None:
         raise UserError(f"{path}: {key} is missing")
-    right_type = isinstance(value, (int, kind)) and not isinstance(value, bool)
-    if not (right_type and (0 < value < math.inf or raw.get(key) is None)):
+    if forms.misfit(value, kind) or not (value > 0 or raw.get(key) is None):
         raise UserError(f"{path}: {key} = {value!r} is not a positive {'integer' if kind is int else 'number'}")
     return kind(value)
 
@@ -259,12 +271,17 @@ def _flag(path: pathlib.Path, raw: Mapping, key: str) -> bool:
 
 def _sliding(path: pathlib.Path, raw: Mapping, row: Family, layers: int) -> tuple[bool, ...]:
     """Which layers see a window only."""
+    if layers > MOST_LAYERS:
+        raise UserError(f"{path}: num_hidden_layers = {layers}: no model has more than {MOST_LAYERS:,}")
     if raw.get("sliding_window") is None:
         return (False,) * layers
     types = raw.get("layer_types")
     if types is None:
+        for key in ("max_window_layers", "sliding_window_pattern"):
+            if key in raw and key in row.defaults and not (key == "max_window_layers" and raw[key] == 0):
+                _number(path, raw, key, int)
         return tuple(row.slides(layer, raw) for layer in range(layers))
-    if len(types) != layers or set(types) - {"sliding_attention", "full_attention"}:
+    if forms.misfit(types, [str, layers]) or set(types) - {"sliding_attention", "full_attention"}:
         raise UserError(f"{path}: layer_types must be {layers} times sliding_attention or full_attention")
     return tuple(kind == "sliding_attention" for kind in types)
 
@@ -279,15 +296,19 @@ def _rope(path: pathlib.Path, raw: Mapping, given: Mapping):
     local_theta = _number(path, raw, "rope_local_base_freq", float) if "rope_local_base_freq" in raw else None
     if "full_attention" in rope or "sliding_attention" in rope:
         local = rope.get("sliding_attention") or {}
+        if not isinstance(local, dict):
+            raise UserError(f"{path}: rope_parameters.sliding_attention is not a JSON object")
         if local.get("rope_type", "default") != "default":
             raise UserError(f"{path}: rope type {local['rope_type']!r} in sliding layers is not supported")
         local_theta = _number(path, local, "rope_theta", float, local_theta)
         rope = rope.get("full_attention") or {}
+        if not isinstance(rope, dict):
+            raise UserError(f"{path}: rope_parameters.full_attention is not a JSON object")
     scaling = rope or given.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise UserError(f"{path}: rope_scaling is not a JSON object")
     theta = _number(path, rope, "rope_theta", float, _number(path, raw, "rope_theta", float))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = str(scaling.get("rope_type", scaling.get("type", "default")))
     if kind not in _ROPE:
         raise UserError(f"{path}: rope type {kind!r} is not supported, only {', '.join(_ROPE)}")
     if scaling.get("partial_rotary_factor", 1) != 1:

@@ -14,7 +14,7 @@ import numpy as np
 import safetensors.numpy
 from jax.sharding import Sharding
 
-from rosepo_jax import files
+from rosepo_jax import files, forms
 from rosepo_jax.errors import UserError
 from rosepo_jax.models import checkpoints_hf
 from rosepo_jax.models.checkpoints_hf import MODULES, Tensor, few
@@ -23,13 +23,18 @@ from rosepo_jax.models.lora import LoRAConfig, is_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _OURS = {name: path for path, name in MODULES.items()}
-_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)\.lora_([AB])\.weight")
+_NAME = re.compile(r"model\.layers\.([0-9]{1,6})\.(.+)\.lora_([AB])\.weight")
 # Everything else in adapter_config.json must be absent or empty: it would change what the adapter computes.
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "target_modules", "init_lora_weights"}
 _HARMLESS = {
     "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version", "auto_mapping",
     "exclude_modules", "layers_pattern", "megatron_core", "qalora_group_size",
 }  # fmt: skip
+_FORM = {
+    "base_model_name_or_path?": (None, str), "revision?": (None, str), "r?": int, "lora_alpha?": float,
+    "lora_dropout?": (None, float), "use_rslora?": (None, bool),
+}  # fmt: skip
+_AGAIN = "save the adapter again with PEFT"
 
 
 def is_directory(directory: str | os.PathLike) -> bool:
@@ -38,15 +43,16 @@ def is_directory(directory: str | os.PathLike) -> bool:
 
 def base_name(directory: str | os.PathLike) -> tuple[str, str]:
     """The base model that the adapter was trained on (a directory or hub id; "" = not said), and its revision."""
-    raw = files.read_json(pathlib.Path(directory) / CONFIG)
+    path = pathlib.Path(directory) / CONFIG
+    raw = forms.check(files.read_json(path), _FORM, path, _AGAIN)
     return raw.get("base_model_name_or_path") or "", raw.get("revision") or ""
 
 
 def read_config(directory: str | os.PathLike) -> LoRAConfig:
     """Rank, alpha, dropout and scale from adapter_config.json; the targets from the tensors that are there."""
     path = pathlib.Path(directory) / CONFIG
-    raw = files.read_json(path)
-    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
+    raw = forms.check(files.read_json(path), _FORM, path, _AGAIN)
+    if raw.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type must be LORA")
     for key, value in raw.items():
         if key not in _READ | _HARMLESS and value not in (None, False, [], {}):
@@ -59,7 +65,7 @@ def read_config(directory: str | os.PathLike) -> LoRAConfig:
             "convert the adapter to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
         )
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+    if rank is None or rank < 1 or alpha is None:
         raise UserError(f"{path}: r and lora_alpha must be a positive integer and a number")
     modules = {_OURS[module] for _, module, _ in _tensors(pathlib.Path(directory))}
     targets = "|".join(sorted(modules))
@@ -82,17 +88,21 @@ def read(
     params = {}
     for path, shape in expected.items():
         module, half = path.removeprefix("blocks/").rsplit("/lora_", 1)
-        stack = np.empty(shape, np.float32)
-        for layer in range(config.layers):
-            tensor = tensors.get((layer, MODULES[module], half.upper()))
+        parts = [tensors.pop((layer, MODULES[module], half.upper()), None) for layer in range(config.layers)]
+        for layer, tensor in enumerate(parts):
             if tensor is None:
                 raise UserError(f"{directory}: {module} has no adapter in layer {layer}; all layers need one")
-            if tensor.shape != shape[:0:-1]:
+            if tensor.shape != shape[:0:-1] or tensor.dtype not in checkpoints_hf.DTYPES:
                 raise UserError(
-                    f"{directory}: lora_{half.upper()} of {module} has shape {tensor.shape}, expected {shape[:0:-1]}"
+                    f"{directory}: lora_{half.upper()} of {module} is {tensor.dtype}{list(tensor.shape)}, expected "
+                    f"floating-point numbers {list(shape[:0:-1])}"
                 )
-            stack[layer] = tensor.load((slice(None), slice(None)), True, np.dtype(np.float32))
+        whole = (slice(None), slice(None))
+        stack = np.stack([tensor.load(whole, True, np.dtype(np.float32)) for tensor in parts if tensor])
         params[path] = jax.device_put(stack, layout[path] if layout else None)
+    if tensors:
+        layers = few({str(layer) for layer, *_ in tensors})
+        raise UserError(f"{directory}: adapters of layers that the model has not: {layers}")
     return params
 
 

@@ -18,10 +18,12 @@ import safetensors
 import safetensors.numpy
 from flax import nnx, traverse_util
 
-from rosepo_jax import files
+from rosepo_jax import files, forms
 from rosepo_jax.errors import UserError
 
 Params = dict[str, Any]
+_ARCHITECTURE = {"items": int, "positions": int, "width": int, "layers": int, "heads": int, "dropout": float}
+FORM = {"architecture": _ARCHITECTURE, "tau?": float}  # of config.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,17 +225,30 @@ def load(directory: str | os.PathLike) -> tuple[SASRecConfig, Params, dict[str, 
       UserError: files are missing, damaged, or the tensors do not fit the architecture.
     """
     directory = pathlib.Path(directory)
-    facts = files.read_json(directory / "config.json")
-    path = directory / "model.safetensors"
+    settings, path = directory / "config.json", directory / "model.safetensors"
+    facts = files.read_json(settings)
+    if forms.misfit(facts, FORM):
+        raise UserError(f"{settings}: not an oracle's config ({forms.misfit(facts, FORM)}); run `rosepo oracle` again")
     try:
         config = SASRecConfig(**facts.pop("architecture"))
-        tensors = safetensors.numpy.load_file(path)
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{directory / 'config.json'}: not an oracle's config; run `rosepo oracle` again") from None
-    except (OSError, safetensors.SafetensorError) as error:
+    except (TypeError, UserError) as error:  # TypeError: a field that there is not
+        raise UserError(f"{settings}: not an oracle's config ({error}); run `rosepo oracle` again") from None
+    try:
+        with files.open_file(path):
+            tensors = safetensors.numpy.load_file(path)
+    except (OSError, KeyError, safetensors.SafetensorError) as error:  # KeyError: a type that numpy has not
         raise UserError(f"{path}: cannot be read ({error}); run `rosepo oracle` again") from None
+    if config.layers > len(tensors) or _described(tensors) != _expected(config):
+        raise UserError(f"{path}: tensors do not fit {settings}; run `rosepo oracle` again")
     params = traverse_util.unflatten_dict({name: jnp.asarray(value) for name, value in tensors.items()}, sep=".")
-    expected = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
-    if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, expected):
-        raise UserError(f"{path}: tensors do not fit {directory / 'config.json'}; run `rosepo oracle` again")
     return config, params, facts
+
+
+def _described(tensors: dict[str, Any]) -> dict[str, tuple]:
+    return {name: (value.shape, str(value.dtype)) for name, value in tensors.items()}
+
+
+@functools.cache
+def _expected(config: SASRecConfig) -> dict[str, tuple]:
+    params = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    return _described(traverse_util.flatten_dict(params, sep="."))

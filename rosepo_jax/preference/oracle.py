@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rosepo_jax.data import batches
+from rosepo_jax.errors import UserError
 from rosepo_jax.models import sasrec
 
 BLOCK = 512  # rows scored at a time
@@ -25,6 +26,8 @@ class Oracle:
     @classmethod
     def load(cls, directory: pathlib.Path) -> "Oracle":
         config, params, facts = sasrec.load(directory)
+        if "tau" not in facts:
+            raise UserError(f"{directory / 'config.json'}: tau is missing; run `rosepo oracle` again")
         return cls(config, params, facts["tau"])
 
     def scores(self, history_ExN: np.ndarray, item_ExC: np.ndarray) -> np.ndarray:

@@ -34,7 +34,7 @@ KEYS = ("seed", "data", "model", "align", "checkpoint.every")
 def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) -> dict:
     clock, a = goodput.Clock(), config.align
     catalogue = Catalogue.load(inputs["prepare"] / "catalogue.jsonl")
-    validation = store.read(inputs["prepare"] / "dataset", "validation")
+    validation = store.read(inputs["prepare"] / "dataset", "validation", items=len(catalogue))
     rows = pairs.read(inputs["pairs"] / "pairs.parquet")
     objective = objectives.objective(a)
     oracle = Oracle.load(inputs["oracle"])
@@ -179,7 +179,9 @@ def cached_reference(config, model: policy.Policy, rows: Pairs, inputs, out: pat
                 np.save(file, values, allow_pickle=False)
             path.with_suffix(".part").replace(path)
         distributed.barrier("reference cached")
-    values = np.load(path, allow_pickle=False)
+    values = files.read_npy(path)
+    if values.shape != rows.item_ExR.shape or values.dtype != np.float32:
+        raise UserError(f"{path}: not the log-probs of these pairs; remove the file")
     sample = next(iter(batches.blocks(len(rows), size)))[0]
     worst = float(np.abs(values[sample] - compute(sample)).max())
     if not worst < (1e-4 if config.model.dtype == "float32" else 0.5):

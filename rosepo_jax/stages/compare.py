@@ -8,12 +8,16 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from rosepo_jax import configuration, files
+from rosepo_jax import configuration, files, forms
 from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.errors import UserError
 from rosepo_jax.evaluation import comparison, report
 
 MANIFEST = "manifest.json"
+MADE = {"resolved_config": {"seed": int, "evaluate?": {"bootstrap?": int}}}  # of manifest.json
+ANSWERED = {"row": int, "user": str, "position": int, "target": str, "ranked": [(None, str)]}
+MOST_RESAMPLES = 1_000_000
+AGAIN = "run `rosepo evaluate` again"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,9 +54,12 @@ def _read(folder: pathlib.Path, name: str) -> comparison.Run:
     evaluated = folder / "evaluate"
     if not (evaluated / MANIFEST).is_file():
         raise UserError(f"{folder}: no complete evaluation there; run `rosepo run --workdir={folder}` first")
-    settings = configuration.flatten(files.read_json(evaluated / MANIFEST)["resolved_config"])
+    made = forms.check(files.read_json(evaluated / MANIFEST), MADE, evaluated / MANIFEST, AGAIN)
+    settings = configuration.flatten(made["resolved_config"])
     seed = settings.pop("seed")
-    results = files.read_json(evaluated / "results.json")
+    if not 0 < settings.get("evaluate.bootstrap", 1) <= MOST_RESAMPLES:
+        raise UserError(f"{evaluated / MANIFEST}: evaluate.bootstrap must be 1 to {MOST_RESAMPLES:,}; {AGAIN}")
+    results = report.read(evaluated / "results.json")
     report.check(results)
     return comparison.Run(name, seed, settings, results, _ranks(folder))
 
@@ -69,14 +76,16 @@ def _ranks(folder: pathlib.Path) -> dict[tuple[str, str], dict[comparison.Row, f
     for path in paths:
         protocol, _, model = path.stem.partition(".")
         if model in comparison.BETWEEN and protocol in comparison.TESTED:
+            rows = [forms.check(row, ANSWERED, path, AGAIN) for row in files.read_jsonl(path)]
             ranks[protocol, model] = {
-                (row["row"], row["user"], row["position"], row["target"]): _rank(row, group)
-                for row in files.read_jsonl(path)
+                (row["row"], row["user"], row["position"], row["target"]): _rank(row, group, path) for row in rows
             }
     return ranks
 
 
-def _rank(row: dict, group: dict[str, int]) -> float:
+def _rank(row: dict, group: dict[str, int], path: pathlib.Path) -> float:
     """The place of the first answer that has the target's title."""
+    if row["target"] not in group:
+        raise UserError(f"{path}: target {row['target']!r} is not in the catalogue of that run; {AGAIN}")
     places = (place for place, item in enumerate(row["ranked"], 1) if group.get(item, -1) == group[row["target"]])
     return next(places, math.inf)

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from rosepo_jax import distributed, files, seeds
 from rosepo_jax.data import examples, pairs, store
-from rosepo_jax.data.catalogue import Catalogue
+from rosepo_jax.data.catalogue import Catalogue, load_names
 from rosepo_jax.data.examples import TitleTable
 from rosepo_jax.data.layouts import Encoded
 from rosepo_jax.data.rows import SPLITS, Rows
@@ -38,9 +38,9 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
     results: dict = {"protocols": {}, "comparisons": [], "probes": {}}
     if e.published:
         results["published"] = published.table(e.published)
-    catalogue = Catalogue.load(prepared / "catalogue.jsonl")
-    users = files.read_json(prepared / "users.json")
-    data = {name: store.read(prepared / "dataset", name) for name in SPLITS}
+    users, catalogue = load_names(prepared)
+    known = {"users": len(users), "items": len(catalogue)}
+    data = {name: store.read(prepared / "dataset", name, **known) for name in SPLITS}
     mesh = sharding.make_mesh(config.mesh)
     models = {"sft": policy.load(config, inputs["sft"], mesh)}
     if e.sft_more:

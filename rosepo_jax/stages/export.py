@@ -14,19 +14,28 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from rosepo_jax import distributed, files
+from rosepo_jax import distributed, files, forms
 from rosepo_jax.data import store
-from rosepo_jax.data.catalogue import Catalogue
+from rosepo_jax.data.catalogue import load_names
 from rosepo_jax.data.prompts import Template
 from rosepo_jax.data.rows import Rows
 from rosepo_jax.errors import UserError
-from rosepo_jax.evaluation import predictions, protocols
+from rosepo_jax.evaluation import predictions, protocols, report
 from rosepo_jax.models import checkpoints_hf, hub, peft
 from rosepo_jax.models import lora as adapters
 from rosepo_jax.stages import runtime
 from rosepo_jax.training import policy, sharding
 
 MODELS = {"align": "aligned", "sft": "sft"}  # stage -> the name of its model in results.json
+# What the model card says of a manifest.json
+MADE = {
+    "identity": str, "code": str, "python": str, "packages": {str: str}, "device": {"kind": str},
+    "resolved_config": {
+        "data": {"source": str, "template": str, "split": str, "core_user": int, "core_item": int, "history": int},
+        "align": {"objective": str}, "model": {"chat_template": bool},
+    },
+}  # fmt: skip
+PREPARED = {"identity": str, "inputs": {"data.path?": str}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,12 +89,16 @@ def adapter(config: ConfigDict, folder: pathlib.Path, output: pathlib.Path) -> s
 
 def rows(config: ConfigDict, prepared: pathlib.Path, output: pathlib.Path) -> str:
     """rows.jsonl, the test rows; windows.jsonl, and generate.jsonl where that protocol asks about fewer."""
-    users, catalogue = _names(prepared)
-    asked = {"rows": protocols.rows_of(config, prepared, "candidates")}
+    users, catalogue = load_names(prepared)
+
+    def rows_of(protocol: str) -> Rows:
+        return protocols.rows_of(config, prepared, protocol, len(users), len(catalogue))
+
+    asked = {"rows": rows_of("candidates")}
     if len(store.source(prepared / "dataset", "windows")):
-        asked["windows"] = protocols.rows_of(config, prepared, "windows")
+        asked["windows"] = rows_of("windows")
     if 0 < config.evaluate.max_generate < len(asked["rows"]):
-        asked["generate"] = protocols.rows_of(config, prepared, "generate")
+        asked["generate"] = rows_of("generate")
 
     def fill(directory: pathlib.Path) -> None:
         for name, found in asked.items():
@@ -99,8 +112,11 @@ def rows(config: ConfigDict, prepared: pathlib.Path, output: pathlib.Path) -> st
 def recbole(config: ConfigDict, prepared: pathlib.Path, output: pathlib.Path) -> str:
     """The data set, called as its directory is; held-out rows are training rows."""
     name = predictions.plain_name(output.resolve().name, "--output")
-    users, catalogue = _names(prepared)
-    data = {split: store.read(prepared / "dataset", split) for split in ("train", "held_out", "validation", "test")}
+    users, catalogue = load_names(prepared)
+    data = {
+        split: store.read(prepared / "dataset", split, users=len(users), items=len(catalogue))
+        for split in ("train", "held_out", "validation", "test")
+    }
     train = Rows(*(np.concatenate(both) for both in zip(*(vars(data[s]).values() for s in ("train", "held_out")))))
     splits = {"train": train, "valid": data["validation"], "test": data["test"]}
     if any((found.history_ExN[:, 0] < 0).any() for found in splits.values()):
@@ -115,9 +131,11 @@ def recbole(config: ConfigDict, prepared: pathlib.Path, output: pathlib.Path) ->
 def trec(config: ConfigDict, evaluated: pathlib.Path, output: pathlib.Path) -> str:
     """<protocol>.qrels, and <protocol>.<model>.run of every prediction file of `evaluate`."""
     prepared = evaluated.parent / "prepare"
-    users, catalogue = _names(prepared)
-    found = {tuple(path.stem.split(".", 1)): path for path in sorted((evaluated / "predictions").glob("*.jsonl"))}
-    asked = {protocol: protocols.rows_of(config, prepared, protocol) for protocol, _ in found}
+    users, catalogue = load_names(prepared)
+    found = {tuple(path.stem.split(".", 1)): path for path in sorted((evaluated / "predictions").glob("*.*.jsonl"))}
+    asked = {
+        protocol: protocols.rows_of(config, prepared, protocol, len(users), len(catalogue)) for protocol, _ in found
+    }
 
     def fill(directory: pathlib.Path) -> None:
         for protocol, asked_rows in asked.items():
@@ -150,18 +168,13 @@ FORMATS = {
 }
 
 
-def _names(prepared: pathlib.Path) -> tuple[list[str], Catalogue]:
-    return files.read_json(prepared / "users.json"), Catalogue.load(prepared / "catalogue.jsonl")
-
-
 def _write_lines(path: pathlib.Path, lines: Iterable[str]) -> None:
     files.write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def card(workdir: pathlib.Path, checkpoint: str) -> str:
     """The model card: prompt, data, protocol, metrics with intervals, settings, versions, as the run recorded them."""
-    manifest = files.read_json(workdir / checkpoint / runtime.MANIFEST)
-    prepared = files.read_json(workdir / "prepare" / runtime.MANIFEST)
+    manifest, prepared = _manifest(workdir / checkpoint, MADE), _manifest(workdir / "prepare", PREPARED)
     settings = _without_folders(manifest["resolved_config"])
     data = settings["data"]
     data_hash = prepared["inputs"].get("data.path", "generated from the settings below")
@@ -194,16 +207,21 @@ def card(workdir: pathlib.Path, checkpoint: str) -> str:
     )
 
 
+def _manifest(stage: pathlib.Path, form: forms.Form) -> dict:
+    path = stage / runtime.MANIFEST
+    return forms.check(files.read_json(path), form, path, f"run `rosepo {stage.name}` again")
+
+
 def _results(workdir: pathlib.Path, checkpoint: str, identity: str) -> list[str]:
     """One table a protocol and the paired comparisons, if this very checkpoint has been evaluated."""
     recorded = workdir / "evaluate" / runtime.MANIFEST
-    if not recorded.exists() or files.read_json(recorded)["inputs"].get(checkpoint) != identity:
+    if not recorded.exists() or _manifest(recorded.parent, {"inputs": dict})["inputs"].get(checkpoint) != identity:
         return ["Not evaluated.", ""]
-    results = files.read_json(workdir / "evaluate" / "results.json")
+    results = report.read(workdir / "evaluate" / "results.json")
     model, lines = MODELS[checkpoint], []
     for name, protocol in results["protocols"].items():
         if model in protocol["models"]:
-            lines += [f"Protocol `{name}`, {protocol['n']} rows, hash {protocol['hash']}:", ""]
+            lines += [f"Protocol `{name}`, {protocol.get('n', '?')} rows, hash {protocol['hash']}:", ""]
             lines += ["| metric | value | 95 % interval | n |", "|---|---|---|---|"]
             cells = {metric: cell for metric, cell in protocol["models"][model].items() if _is_number(cell)}
             lines += [*(_row(metric, cell) for metric, cell in cells.items()), ""]
@@ -211,7 +229,7 @@ def _results(workdir: pathlib.Path, checkpoint: str, identity: str) -> list[str]
         if model in (c["a"], c["b"]):
             lines.append(
                 f"- {c['protocol']}, {c['metric']}: {c['a']} - {c['b']} = {_number(c['difference'])}"
-                f" {_interval(c)}, p = {_number(c.get('p_holm', c['p']))} ({c['test']})"
+                f" {_interval(c)}, p = {_number(c.get('p_holm', c.get('p')))} ({c.get('test')})"
             )
     return [*lines, ""]
 

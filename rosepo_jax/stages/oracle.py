@@ -34,7 +34,9 @@ KEYS = ("seed", "oracle")
 
 def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) -> dict:
     catalogue = Catalogue.load(inputs["prepare"] / "catalogue.jsonl")
-    train, validation = (store.read(inputs["prepare"] / "dataset", split) for split in ("train", "validation"))
+    train, validation = (
+        store.read(inputs["prepare"] / "dataset", split, items=len(catalogue)) for split in ("train", "validation")
+    )
     for rows, name in ((train, "train"), (validation, "validation")):
         if not len(rows):
             raise UserError(f"oracle: the {name} split has no rows; lower data.min_history or data.core_user")

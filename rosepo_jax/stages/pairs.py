@@ -45,7 +45,7 @@ def mine(config: ConfigDict, inputs: dict[str, pathlib.Path]) -> tuple[Pairs, di
     catalogue = Catalogue.load(inputs["prepare"] / "catalogue.jsonl")
     if p.rows not in ("train", "held_out"):
         raise UserError(f"pairs.rows={p.rows!r}: choose train or held_out")
-    rows = store.read(inputs["prepare"] / "dataset", p.rows)
+    rows = store.read(inputs["prepare"] / "dataset", p.rows, items=len(catalogue))
     if not len(rows):
         hint = "; set data.held_out_share" if p.rows == "held_out" else ""
         raise UserError(f"pairs.rows={p.rows}: the split has no rows{hint}")
@@ -54,12 +54,12 @@ def mine(config: ConfigDict, inputs: dict[str, pathlib.Path]) -> tuple[Pairs, di
         rows = rows.take(np.sort(np.argsort(draw_E, kind="stable")[: p.max_rows]))
     model = policy.load(config, inputs["sft"], sharding.make_mesh(config.mesh))
     titles = TitleTable(model.encoder, catalogue.titles)
-    seen = np.load(inputs["prepare"] / "train_items.npz", allow_pickle=False)
+    seen_indptr, seen_items = store.train_items(inputs["prepare"], len(catalogue))
     weights = rejected.mixture(p.strategy)
     in_prompt = model.encoder.template.uses_candidates
     pool = rejected.Pool(
         catalogue.title_group_I, catalogue.count_I, np.array([bool(t.strip()) for t in catalogue.titles]),
-        seen["indptr"], seen["items"],
+        seen_indptr, seen_items,
         rank.title_embeddings(model, titles) if "semantic" in weights else None,
     )  # fmt: skip
     ranked = None

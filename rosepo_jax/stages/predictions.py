@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rosepo_jax import distributed, files
-from rosepo_jax.data.catalogue import Catalogue
+from rosepo_jax.data.catalogue import Catalogue, load_names
 from rosepo_jax.data.rows import Rows
 from rosepo_jax.errors import UserError
 from rosepo_jax.evaluation import predictions, significance
@@ -48,14 +48,14 @@ def main(config: ConfigDict, args: argparse.Namespace) -> int:
         raise UserError(f"--name={name}: a model of the run is called so; choose another")
     if not (prepared / MANIFEST).is_file():
         raise UserError(f"{prepared}: not complete; run `rosepo prepare --workdir={args.workdir}` first")
-    users, catalogue = files.read_json(prepared / "users.json"), Catalogue.load(prepared / "catalogue.jsonl")
+    users, catalogue = load_names(prepared)
 
     protocol = args.protocol
     if protocol is None:
-        listed = protocols.rows_of(config, prepared, "candidates")
+        listed = protocols.rows_of(config, prepared, "candidates", len(users), len(catalogue))
         protocol, reason = choose(args.predictions, listed, users, catalogue)
         runtime.say(f"{protocol} protocol: {reason} (--protocol chooses another)")
-    rows = protocols.rows_of(config, prepared, protocol)
+    rows = protocols.rows_of(config, prepared, protocol, len(users), len(catalogue))
     rules = protocols.PROTOCOLS[protocol]
     depth = rows.candidates_ExC.shape[1] if rules.bound else e.top
     answers = predictions.read(args.predictions, rows, users, catalogue, depth)
@@ -117,9 +117,11 @@ def title_vectors(config: ConfigDict, folder: pathlib.Path, catalogue: Catalogue
 
 def same_rows(folder: pathlib.Path, protocol: str, hash: str) -> dict[str, dict]:
     """What `evaluate` found for the models of the run, if it asked them exactly the same."""
+    from rosepo_jax.evaluation import report
+
     if not (folder / MANIFEST).is_file():
         return {}
-    asked = files.read_json(folder / "results.json")["protocols"].get(protocol, {})
+    asked = report.read(folder / "results.json")["protocols"].get(protocol, {})
     return asked["models"] if asked.get("hash") == hash else {}
 
 

@@ -7,9 +7,8 @@ import pathlib
 import numpy as np
 from ml_collections import ConfigDict
 
-from rosepo_jax import files
 from rosepo_jax.data import store
-from rosepo_jax.data.catalogue import Catalogue
+from rosepo_jax.data.catalogue import Catalogue, load_names
 from rosepo_jax.data.examples import TitleTable
 from rosepo_jax.data.rows import Rows
 from rosepo_jax.decoding import rank
@@ -34,8 +33,11 @@ def main(config: ConfigDict, args: argparse.Namespace) -> int:
     for needed in ("prepare", args.model):
         if not (workdir / needed / "manifest.json").is_file():
             raise UserError(f"{workdir}/{needed}: not there yet; run `rosepo run --workdir={workdir}` first")
-    catalogue = Catalogue.load(workdir / "prepare" / "catalogue.jsonl")
-    history = user_history(workdir, args.user) if args.user else [find(catalogue, t) for t in args.history.split("|")]
+    users, catalogue = load_names(workdir / "prepare")
+    if args.user:
+        history = user_history(workdir, args.user, users, catalogue)
+    else:
+        history = [find(catalogue, text) for text in args.history.split("|")]
     programs.keep(config)
     mesh = sharding.make_mesh(config.mesh)
     model = policy.load(config, workdir / args.model, mesh)
@@ -75,12 +77,11 @@ def find(catalogue: Catalogue, text: str) -> int:
         raise
 
 
-def user_history(workdir: pathlib.Path, user: str) -> list[int]:
-    users = files.read_json(workdir / "prepare" / "users.json")
+def user_history(workdir: pathlib.Path, user: str, users: list[str], catalogue: Catalogue) -> list[int]:
     if user not in users:
         raise UserError(f"--user={user}: no such user among the {len(users)} of the log")
     for split in ("test", "validation", "train"):
-        rows = store.read(workdir / "prepare" / "dataset", split)
+        rows = store.read(workdir / "prepare" / "dataset", split, users=len(users), items=len(catalogue))
         mine = np.flatnonzero(rows.user_E == users.index(user))
         if len(mine):
             last = mine[np.argmax(rows.position_E[mine])]

@@ -2,10 +2,10 @@
 
 import pathlib
 
-import pyarrow.parquet
 from ml_collections import ConfigDict
 
-from rosepo_jax import distributed, files
+from rosepo_jax import distributed, files, forms
+from rosepo_jax.data import pairs
 from rosepo_jax.data.catalogue import Catalogue
 from rosepo_jax.evaluation import page, report
 from rosepo_jax.stages import STAGES, runtime
@@ -15,6 +15,9 @@ NAME = "report"
 INPUTS = ("evaluate",)  # whose identity covers every stage before it; their folders are read where they are there
 KEYS = ()
 RESUMABLE = False
+PREDICTION = {"user": str, "position": int, "target": str, "history": [str], "ranked": [(None, str)]}
+LOGGED = {"step": int, str: (None, bool, float, str)}  # of metrics.jsonl
+MADE = {"device?": dict, "seconds?": (None, float), "packages?": {str: str}}  # of manifest.json
 
 
 def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) -> dict:
@@ -22,24 +25,28 @@ def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) 
     found = material(config, inputs["evaluate"].parent)
     text = report.text(found.results)
     if distributed.is_primary():
-        files.write_text(out / "report.html", page.html(found))
-        files.write_json(out / "summary.json", report.summary(found))
+        write(found, out)
     runtime.say(f"{text}\n\n{out / 'report.html'}")
     return {"table": report.table(found.results), "verdicts": report.verdicts(found.results)}
+
+
+def write(found: report.Material, out: pathlib.Path) -> None:
+    files.write_text(out / "report.html", page.html(found))
+    files.write_json(out / "summary.json", report.summary(found))
 
 
 def material(config: ConfigDict, workdir: pathlib.Path) -> report.Material:
     """Reads what is below `workdir`: complete stages only, and all but `evaluate` may be missing."""
     stages = [verb for verb in STAGES if verb != NAME and (workdir / verb / runtime.MANIFEST).exists()]
     prepared = workdir / "prepare" if "prepare" in stages else None
-    results = files.read_json(workdir / "evaluate" / "results.json")
+    results = report.read(workdir / "evaluate" / "results.json")
     others = {
-        str(path.relative_to(workdir)): files.read_json(path)
+        str(path.relative_to(workdir)): report.read(path)
         for path in sorted((workdir / "others").glob("*/*.results.json"))
     }
     predictions = {
         protocol: {
-            model: files.read_jsonl(path)
+            model: _read_jsonl(path, PREDICTION)
             for model in ("sft", "aligned")
             if (path := workdir / "evaluate" / "predictions" / f"{protocol}.{model}.jsonl").exists()
         }
@@ -49,9 +56,9 @@ def material(config: ConfigDict, workdir: pathlib.Path) -> report.Material:
         results=report.with_others(results, others),
         predictions=predictions,
         catalogue=Catalogue.load(prepared / "catalogue.jsonl") if prepared else None,
-        statistics=files.read_json(prepared / "statistics.json") if prepared else {},
+        statistics=_read_json(prepared / "statistics.json", dict) if prepared else {},
         metrics={
-            verb: files.read_jsonl(path)
+            verb: _read_jsonl(path, LOGGED)
             for verb in stages
             if verb in ("oracle", "sft", "align") and (path := workdir / verb / "metrics.jsonl").exists()
         },
@@ -60,14 +67,18 @@ def material(config: ConfigDict, workdir: pathlib.Path) -> report.Material:
             for folder in (workdir / "sft", workdir / "align", workdir / "evaluate" / "sft_more")
             if (lines := goodput.read(folder / goodput.FILE))
         },
-        pairs=_pairs(workdir / "pairs" / "pairs.parquet") if "pairs" in stages else {},
-        manifests={verb: files.read_json(workdir / verb / runtime.MANIFEST) for verb in stages},
+        pairs=pairs.read_some(workdir / "pairs" / "pairs.parquet") if "pairs" in stages else {},
+        manifests={verb: _read_json(workdir / verb / runtime.MANIFEST, MADE) for verb in stages},
         config=config.to_dict(),
     )
 
 
-def _pairs(path: pathlib.Path) -> dict[str, list]:
-    """The columns the report shows; ready-made pairs may lack any of them."""
-    with pyarrow.parquet.ParquetFile(path) as file:
-        columns = [name for name in ("epsilon", "strategy", "flipped") if name in file.schema_arrow.names]
-        return file.read(columns=columns).to_pydict()
+def _read_json(path: pathlib.Path, form: forms.Form) -> dict:
+    return forms.check(files.read_json(path), form, path, f"run `rosepo {path.parent.name}` again")
+
+
+def _read_jsonl(path: pathlib.Path, form: forms.Form) -> list[dict]:
+    rows = files.read_jsonl(path)
+    for row in rows:
+        forms.check(row, form, path, "run the stage that wrote it again")
+    return rows

@@ -31,7 +31,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import rosepo_jax
-from rosepo_jax import configuration, distributed, files
+from rosepo_jax import configuration, distributed, files, forms
 from rosepo_jax.errors import UserError
 from rosepo_jax.training import programs
 
@@ -50,6 +50,7 @@ PACKAGES = (
 )
 
 MANIFEST, BEGUN = "manifest.json", "begun.json"
+WANTED = {"identity": str, "config": dict, "inputs": dict, "code": str}  # of both, as they are read
 
 
 def say(text: str) -> None:
@@ -110,7 +111,7 @@ def _link(out: pathlib.Path, shared: pathlib.Path) -> None:
 
 def identity(out: str | os.PathLike) -> str | None:
     """The identity recorded in a complete stage folder; None when it is not complete."""
-    manifest = _read(pathlib.Path(out) / MANIFEST)
+    manifest = _read(pathlib.Path(out) / MANIFEST, {"identity": str})
     return None if manifest is None else manifest["identity"]
 
 
@@ -133,6 +134,8 @@ def depends_on(stage: Any, key: str) -> bool:
 
 
 def _run(stage: Any, config: ConfigDict, workdir: str | os.PathLike, out: pathlib.Path, wanted: dict) -> None:
+    if out.is_symlink():  # what is written there would lie outside the workdir
+        raise UserError(f"{out}: a link to a folder without a complete stage; remove the link")
     begun = _read(out / BEGUN)
     others = begun is None and out.exists() and any(out.iterdir())
     distributed.barrier(f"{stage.NAME} looked at")  # from here on the first process changes the folder
@@ -228,8 +231,10 @@ def _shown(settings: Mapping[str, Any], key: str) -> str:
     return repr(settings[key]) if key in settings else "(absent)"
 
 
-def _read(path: pathlib.Path) -> dict | None:
-    return files.read_json(path) if path.exists() else None
+def _read(path: pathlib.Path, form: forms.Form = WANTED) -> dict | None:
+    if not path.exists():
+        return None
+    return forms.check(files.read_json(path), form, path, "remove that folder to redo it")
 
 
 def _make_folder(path: pathlib.Path) -> None:

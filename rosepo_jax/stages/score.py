@@ -24,10 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(config: ConfigDict, args: argparse.Namespace) -> int:
-    rows = files.read_jsonl(args.input)
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("prompt"), str) or not isinstance(row.get("response"), str):
-            raise UserError(f"{args.input}: row {number} needs the texts `prompt` and `response`")
+    rows = read(args.input)
     programs.keep(config)
     model = policy.open_model(config, args.model, sharding.make_mesh(config.mesh))
     size = config.evaluate.batch_size
@@ -42,3 +39,12 @@ def main(config: ConfigDict, args: argparse.Namespace) -> int:
     files.write_jsonl(args.output, out)
     runtime.say(f"score: {len(out)} rows written to {args.output}")
     return 0
+
+
+def read(path: pathlib.Path) -> list[dict]:
+    """The rows to score. UserError names the one that lacks a text."""
+    rows = files.read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("prompt"), str) or not isinstance(row.get("response"), str):
+            raise UserError(f"{path}: row {number} needs the texts `prompt` and `response`")
+    return rows

@@ -30,8 +30,8 @@ KEYS = ("seed", "data", "model", "sft", "checkpoint.every")
 def run(config: ConfigDict, inputs: dict[str, pathlib.Path], out: pathlib.Path) -> dict:
     clock = goodput.Clock()
     catalogue = Catalogue.load(inputs["prepare"] / "catalogue.jsonl")
-    rows = store.source(inputs["prepare"] / "dataset", "train")
-    validation = store.read(inputs["prepare"] / "dataset", "validation")
+    rows = store.source(inputs["prepare"] / "dataset", "train", items=len(catalogue))
+    validation = store.read(inputs["prepare"] / "dataset", "validation", items=len(catalogue))
     if not len(rows):
         raise UserError("sft: the train split has no rows; lower data.min_history or data.core_user, data.core_item")
     model = policy.create(config, out, sharding.make_mesh(config.mesh), tokenizer_texts(catalogue))

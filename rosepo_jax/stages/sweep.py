@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from rosepo_jax import configuration, distributed, files
 from rosepo_jax.errors import UserError
-from rosepo_jax.evaluation import sweeps
+from rosepo_jax.evaluation import report, sweeps
 from rosepo_jax.stages import plan, runners, runtime, search, submit
 from rosepo_jax.stages.pool import Pool
 
@@ -189,7 +189,7 @@ def _has(run: plan.Run, workdir: pathlib.Path, stages: Sequence[str]) -> bool:
 def figures(run: plan.Run, workdir: pathlib.Path) -> dict[str, float | None]:
     folder = run.folder(workdir)
     align = files.read_json(folder / "align" / runtime.MANIFEST)["result"]
-    return sweeps.figures(align, files.read_json(folder / "evaluate" / "results.json"))
+    return sweeps.figures(align, report.read(folder / "evaluate" / "results.json"))
 
 
 def outcome(run: plan.Run, workdir: pathlib.Path) -> float | str | None:

@@ -85,7 +85,7 @@ class Checkpoints:
             changed = [path for path, value in checksums(found["state"]).items() if sums.get(path) != value]
             return found["state"], meta, f"{changed[0]} is not what was saved" if changed else ""
         except Exception as error:  # whatever damage does to the libraries that read it
-            return None, {}, " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            return None, {}, _shown(error)
 
     def _remove(self, damaged: Mapping[int, str], then: str) -> None:
         for step, damage in damaged.items():
@@ -138,8 +138,11 @@ def _whole(directory: pathlib.Path, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except Exception as error:  # whatever damage does to the libraries that read it
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{directory}: is damaged ({what}); {REDO}") from None
+        raise UserError(f"{directory}: is damaged ({_shown(error)}); {REDO}") from None
+
+
+def _shown(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _sealed(meta: Mapping[str, Any], sums: Mapping[str, int]) -> dict[str, Any]:

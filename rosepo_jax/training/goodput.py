@@ -7,11 +7,13 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TextIO
 
-from rosepo_jax import distributed
+from rosepo_jax import distributed, files, forms
+from rosepo_jax.errors import UserError
 
 FILE = "goodput.jsonl"
 ONCE = ("init", "compile")  # every start pays for these; nothing of them is lost with updates
 BUCKETS = (*ONCE, "data", "step", "checkpoint", "evaluation")
+LINE = {"start": int, "update": int, **dict.fromkeys(BUCKETS, float)}
 OFTEN = 1.0  # seconds between lines, so that a kill hides little
 
 
@@ -90,9 +92,9 @@ class Journal:
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
     """The whole lines of a journal; none where there is no file."""
     found = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
+    for number, line in files.lines(path) if path.exists() else ():
+        with contextlib.suppress(UserError):  # a kill tore it
+            found.append(forms.check(files.parse_json(line, f"{path}: row {number}"), LINE, path, ""))
     return found
 
 

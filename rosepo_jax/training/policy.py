@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rosepo_jax import distributed, files, seeds
+from rosepo_jax import distributed, files, forms, seeds
 from rosepo_jax.data.prompts import Encoder, Template, train_tokenizer
 from rosepo_jax.errors import UserError
 from rosepo_jax.models import attention, checkpoints_hf, families, hub, peft
@@ -25,6 +25,11 @@ from rosepo_jax.models.decoder import DecoderConfig, LanguageModel
 from rosepo_jax.models.lora import LoRAConfig
 from rosepo_jax.training import checkpoint, sharding
 
+MODEL = {  # of model.json
+    "decoder": forms.of(DecoderConfig),
+    "lora": (None, forms.of(LoRAConfig)),
+    "base": {"seed?": int, "path?": str, "revision?": str},
+}
 UNROLLED = 8  # layers, at most, that are written out on a CPU: programs grow, and take longer to compile
 
 
@@ -114,7 +119,14 @@ def load(config: ConfigDict, folder: pathlib.Path, mesh: Mesh) -> Policy:
 
 def describe(folder: pathlib.Path) -> dict[str, Any]:
     """What model.json says: the decoder, the adapter or None, the base."""
-    return files.read_json(folder / "model.json")
+    path = folder / "model.json"
+    again = f"run `rosepo {folder.name}` again"
+    described = forms.check(files.read_json(path), MODEL, path, again)
+    try:
+        families.refuse_unknown(DecoderConfig(**described["decoder"]))
+    except (ValueError, UserError) as error:
+        raise UserError(f"{path}: {error}; {again}") from None
+    return described
 
 
 def open_model(config: ConfigDict, source: str | os.PathLike, mesh: Mesh) -> Policy:

@@ -96,7 +96,10 @@ def test_load_names_the_bad_row(tmp_path):
     with pytest.raises(UserError, match=r"catalogue.jsonl: row 2 holds item 0, not 1"):
         Catalogue.load(path)
     path.write_text(json.dumps({"item": 0, "id": "a", "groups": [], "count": 1}) + "\n")
-    with pytest.raises(UserError, match="row 1 lacks title"):
+    with pytest.raises(UserError, match="row 1: title is missing"):
+        Catalogue.load(path)
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"item": 1}) + "\n")
+    with pytest.raises(UserError, match="two with the same id"):
         Catalogue.load(path)
 
 

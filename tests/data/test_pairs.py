@@ -124,8 +124,15 @@ def test_bad_rows_are_named(tmp_path, rows, message):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_pairs_without_epsilon_are_written_too(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "r"}])
+    pairs.write_trl(tmp_path / "trl.jsonl", pairs.import_rows(path))
+    assert json.loads((tmp_path / "trl.jsonl").read_text())["epsilon"] is None
+    assert np.isnan(pairs.import_rows(tmp_path / "trl.jsonl").epsilon_ExK).all()
+
+
 def test_no_such_file_and_no_json(tmp_path):
-    with pytest.raises(UserError, match=r"pairs\.path=.*no such file"):
+    with pytest.raises(UserError, match=r"none\.jsonl: no such file"):
         pairs.import_rows(tmp_path / "none.jsonl")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "p"\n')
     with pytest.raises(UserError, match="row 1 is not valid JSON"):

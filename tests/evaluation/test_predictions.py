@@ -161,8 +161,8 @@ MISTAKES = {
     "row 3: ranked holds 1001 answers; give at most 1000": with_(2, ranked=[None] * 1001),
     "row 1: scores [1] is not a list of 2 numbers": with_(0, scores=[1]),
     "row 1: scores 7 is not a list of 2 numbers": with_(0, scores=7),
-    "row 1: score nan is not a finite number": with_(0, scores=[1, math.nan]),
-    "row 1: score -inf is not a finite number": with_(0, scores=[1, -math.inf]),
+    "row 1 is not valid JSON (NaN is not a finite number)": with_(0, scores=[1, math.nan]),
+    "row 1 is not valid JSON (-Infinity is not a finite number)": with_(0, scores=[1, -math.inf]),
     "row 1: score '2' is not a finite number": with_(0, scores=["2", 1]),
     "row 1: score True is not a finite number": with_(0, scores=[True, 1]),
     "row 1: score 1000": with_(0, scores=[10**400, 1]),
@@ -182,7 +182,7 @@ def test_a_mistake_is_one_line_with_file_and_row(read, tmp_path, message):
 
 
 def test_no_file(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="no such file"):
         predictions.read(tmp_path / "p.jsonl", ROWS, USERS, CATALOGUE)
 
 

@@ -94,7 +94,12 @@ def test_every_tensor_is_accounted_for(folder):
     for change, message in (
         (lambda t: t.pop(name), "attention/query has no adapter in layer 1"),
         (lambda t: [t.pop(n) for n in list(t) if "q_proj.lora_B" in n], "attention/query/lora_b"),
-        (lambda t: t.update({name: np.zeros((2, 16), np.float32)}), r"lora_A of attention/query has shape \(2, 16\)"),
+        (
+            lambda t: t.update({name: np.zeros((2, 16), np.float32)}),
+            r"lora_A of attention/query is F32\[2, 16\], expected .* \[3, 16\]",
+        ),
+        (lambda t: t.update({name: np.zeros((3, 16), np.int32)}), r"lora_A of attention/query is I32\[3, 16\]"),
+        (lambda t: t.update({name.replace("layers.1", "layers.2"): np.zeros((3, 16), np.float32)}), "has not: 2"),
         (lambda t: t.update({name.replace("q_proj", "v_proj"): np.zeros((3, 16), np.float32)}), "attention/value"),
         (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": np.zeros((3, 16), np.float32)}), "lm_head"),
     ):

@@ -52,7 +52,11 @@ def make_model(folder, config, **keys):
     return policy.load(config, folder, made.mesh)
 
 
-GROUPS = {"HR@1 by decile": {"value": [0.5, 0.25], "n": [4, 4]}, "calibration": {"bins": [1, 2]}, "curve": [0.1, 0.2]}
+GROUPS = {
+    "HR@1 by decile": [{"value": 0.5, "n": 4}, {"value": 0.25, "n": 4}],
+    "calibration": {"bins": [1, 2]},
+    "curve": [0.1, 0.2],
+}
 
 
 def evaluated(workdir, align="id-align"):

@@ -210,7 +210,7 @@ def listing(folder):
         ("x.jsonl", ["--name=aligned"], "--name=aligned: a model of the run is called so"),
         ("x.jsonl", ["--protocol=ranking"], "invalid choice: 'ranking'"),
         ("x.jsonl", ["--protocol=windows"], "rows have no line"),
-        ("no.jsonl", [], "no.jsonl: cannot be read"),
+        ("no.jsonl", [], "no.jsonl: no such file"),
     ],
 )
 def test_mistakes(run, tmp_path, capsys, file, words, message):

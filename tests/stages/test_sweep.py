@@ -38,7 +38,7 @@ def runs(monkeypatch, tmp_path):
                     "sft": {"HR@1": {"value": 0.25}},
                     "aligned": {"HR@1": {"value": 1 - config.align.beta}, "NDCG@5": {"value": 0.5}},
                 }
-                results = {"protocols": {"candidates": {"models": cells}}}
+                results = {"protocols": {"candidates": {"hash": "h", "models": cells}}}
                 if config.data.source == "world":
                     results["truth"] = {"models": {"aligned": {"true_win_rate": 0.75}}}
                 files.write_json(out / "results.json", results)
