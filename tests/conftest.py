@@ -3,12 +3,17 @@
 import os
 import pathlib
 
+import hypothesis
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Timing decides no test.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 DATA = pathlib.Path(os.environ.get("ROSEPO_DATA", REPOSITORY.parent / "shared" / "data"))
