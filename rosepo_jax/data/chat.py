@@ -16,7 +16,7 @@ from typing import Any
 from rosepo_jax.errors import UserError
 
 DATE = "26 Jul 2024"  # for templates that print today's date
-SECONDS, BYTES = 20, 4 << 30  # of computing, the import of transformers included, and of memory
+SECONDS, BYTES = 20, 2 << 30  # of computing, the import of transformers included, and of memory
 LONGEST = 1 << 20  # characters of a template, and of what it writes
 _USER, _ASSISTANT = "\u241fuser\u241f", "\u241fassistant\u241f"
 
@@ -40,7 +40,7 @@ def _around(template: str, special: str) -> tuple[str, str, str]:
             [sys.executable, "-m", __name__], input=asked, env=environment, timeout=6 * SECONDS,
             capture_output=True, encoding="utf-8", errors="replace",
         )  # fmt: skip
-        found = json.loads(done.stdout.rpartition("\n")[2])
+        found = json.loads(done.stdout.strip().rpartition("\n")[2])
     except (subprocess.TimeoutExpired, ValueError):  # ValueError: it was killed
         limits = f"{SECONDS} s and {BYTES >> 30} GiB"
         raise UserError(f"the chat template does not come to an end within {limits}; remove or mend it") from None

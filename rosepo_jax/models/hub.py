@@ -23,6 +23,8 @@ def local(path: str, revision: str = "") -> tuple[pathlib.Path, str]:
     """
     if not is_id(path):
         return pathlib.Path(path), ""
+    if ".." in revision:  # the cache keeps branches as files of that name
+        raise UserError(f"model.revision={revision!r}: not the name of a branch, tag or commit")
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -31,7 +33,7 @@ def local(path: str, revision: str = "") -> tuple[pathlib.Path, str]:
         folder = huggingface_hub.snapshot_download(path, revision=revision or None, allow_patterns=_WANTED)
     except errors.GatedRepoError:
         raise UserError(f"model.path={path!r}: access must be asked for on its page, then `hf auth login`") from None
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
         raise UserError(f"model.path={path!r}, model.revision={revision!r}: the hub has no such model") from None
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         raise UserError(

@@ -46,7 +46,7 @@ class MetricWriter:
         self.events: Any = None
         path = self.directory / "metrics.jsonl"
         if distributed.is_primary() and path.exists():
-            old = path.read_text("utf-8")
+            old = path.read_text("utf-8", errors="replace")
             kept = "".join(f"{line}\n" for line in old.splitlines() if _keep(line, resume_step))
             if kept != old:
                 files.write_text(path, kept)
@@ -172,9 +172,9 @@ def peak_memory(programs: Iterable[jax.stages.Compiled]) -> dict[str, float]:
 def _keep(line: str, resume_step: int | None) -> bool:
     try:
         step = json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, RecursionError, KeyError, TypeError):  # half a line of a run that was killed, or damage
         return False
-    return resume_step is None or step <= resume_step
+    return type(step) is int and (resume_step is None or step <= resume_step)
 
 
 def progress(work: Iterable[Any] | int, name: str, total: int | None = None) -> Iterator[Any]:

@@ -46,6 +46,12 @@ def test_a_model_in_the_cache_is_found_by_branch_and_commit(cache, revision):
     assert hub.local("owner/model", revision) == (folder, COMMIT)
 
 
+@pytest.mark.parametrize(("path", "revision"), [("owner/mo--del", ""), ("owner/..", ""), ("owner/model", "../../../x")])
+def test_names_that_no_hub_has(cache, path, revision):
+    with pytest.raises(UserError, match=r"the hub has no such model|not the name of a branch"):
+        hub.local(path, revision)
+
+
 def test_offline_the_error_says_how_to_pass_a_directory(cache):
     with pytest.raises(UserError, match=r"owner/model.*hf download owner/model .*--config\.model\.path=DIR"):
         hub.local("owner/model")
