@@ -82,6 +82,35 @@ def test_a_large_split_has_several_files_of_grouped_records(tmp_path, monkeypatc
     np.testing.assert_array_equal([theirs[i]["candidates"] for i in some[:20]], rows["train"].candidates_ExC[some[:20]])
 
 
+def test_rows_that_name_what_is_not_there_are_refused(tmp_path):
+    rows = dataclasses.replace(make_rows(9), user_E=np.arange(9, dtype=np.int32))
+    rows = dataclasses.replace(
+        rows, **{f: np.minimum(getattr(rows, f), 7) for f in ("history_ExN", "target_E", "candidates_ExC")}
+    )
+    store.write(tmp_path / "dataset", {"test": rows}, N, C)
+    assert equal(store.read(tmp_path / "dataset", "test", users=9, items=8), rows)
+    for bounds in ({"users": 8}, {"items": 7}):
+        with pytest.raises(UserError, match="a user or an item that is not in the lists"):
+            store.read(tmp_path / "dataset", "test", **bounds)
+
+
+def test_shapes_and_files_that_no_data_set_has_are_refused(dataset):
+    features, info = dataset / "features.json", dataset / "dataset_info.json"
+    for path, old, new, message in (
+        (features, '"3"', '"999999999"', "shapes or numbers of rows"),
+        (features, '"3"', '"4"', "records of another length"),
+        (info, '"70"', '"71"', "damaged"),
+        (info, '"70"', '"-1"', "shapes or numbers of rows"),
+        (info, '"70"', '"70", "1"', "train.array_record-00000-of-00002: no such file"),
+        (info, '"splits"', '"slits"', "splits is missing"),
+    ):
+        content = path.read_text()
+        path.write_text(content.replace(old, new, 1))
+        with pytest.raises(UserError, match=message):
+            store.read(dataset, "train")
+        path.write_text(content)
+
+
 def test_any_tfds_user_can_read_it(dataset):
     builder = tfds.builder_from_directory(dataset)
     rows, source = make_splits()["test"], builder.as_data_source(split="test")
