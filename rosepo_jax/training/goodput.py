@@ -73,7 +73,8 @@ class Journal:
             self._start = 1 + old[-1]["start"] if old else 1
             directory.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-            self._file.write("\n" if old else "")  # a kill may have left a torn line
+            if path.stat().st_size and not path.read_bytes().endswith(b"\n"):  # torn by a kill
+                self._file.write("\n")
 
     def line(self, update: int, always: bool = False) -> None:
         """Says where the time went up to `update`, at most once a second, or `always`."""
