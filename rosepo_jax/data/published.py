@@ -10,7 +10,19 @@ from typing import Any, NamedTuple
 
 from rosepo_jax import files
 from rosepo_jax.data import tables
-from rosepo_jax.data.log import CONTEXT, TEST, TRAIN, VALIDATION, Event, FrozenRow, Items, RawLog, assemble, clean
+from rosepo_jax.data.log import (
+    CONTEXT,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Event,
+    FrozenRow,
+    Items,
+    RawLog,
+    assemble,
+    check_id,
+    clean,
+)
 from rosepo_jax.errors import UserError
 
 _SPLITS = {"train": TRAIN, "val": VALIDATION, "test": TEST}
@@ -188,6 +200,8 @@ def _llara_rows(file: pathlib.Path) -> Iterator[_Ready]:
         if not isinstance(history, list):
             raise UserError(f"{file}: row {row}: seq is not a list of item ids")
         user = tables.text(record["user"], "user", file, row) if "user" in record else None
+        if user is not None:
+            check_id(user, "user id", file, row)
         ids = [tables.text(item, "item id", file, row) for item in (*history, target)]
         yield _Ready(row, user, tuple(ids[:-1]), ids[-1], None)
 
