@@ -7,6 +7,7 @@ of its own: a sandbox bounds neither time nor memory, a process can be given lim
 import functools
 import json
 import os
+import pathlib
 import resource
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 from rosepo_jax.errors import UserError
 
 DATE = "26 Jul 2024"  # for templates that print today's date
-SECONDS, BYTES = 20, 2 << 30  # of computing, the import of transformers included, and of memory
+SECONDS, BYTES = 20, 2 << 30  # of computing, the import of transformers included, and of memory beside it
 LONGEST = 1 << 20  # characters of a template, and of what it writes
 _USER, _ASSISTANT = "\u241fuser\u241f", "\u241fassistant\u241f"
 
@@ -77,9 +78,13 @@ def render(template: str, special: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def main() -> None:
     """Reads [template, special tokens, seconds] and writes {"around": […]} or {"error": message}, both as JSON."""
+    import transformers.utils.chat_template_utils  # noqa: F401  (with torch beside it, it maps gigabytes)
+
     template, special, seconds = json.load(sys.stdin)
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    statm = pathlib.Path("/proc/self/statm")  # of Linux; elsewhere the limit on memory is not enforced anyway
+    mapped = int(statm.read_text().split()[0]) * resource.getpagesize() if statm.exists() else 0
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + BYTES, mapped + BYTES))
     try:
         answer: dict[str, Any] = {"around": render(template, special)}
     except UserError as error:
