@@ -177,8 +177,16 @@ def _softmax(to_prompt: jax.Array, to_self: jax.Array, dtype) -> tuple[jax.Array
 
 
 def _bounded(scores: jax.Array, scale: float, cap: float) -> jax.Array:
-    scores = scores * scale
-    return cap * jnp.tanh(scores / cap) if cap else scores
+    return soft_cap(scores * scale, cap)
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """cap tanh(x / cap); 0 is no cap.
+
+    Never above the cap anyway, but a bare product is merged with the subtraction of a softmax into one rounding, in
+    some programs and not in others, and policy and reference would not start bit for bit equal.
+    """
+    return jnp.minimum(cap * jnp.tanh(x / cap), cap) if cap else x
 
 
 def _within(distance: jax.Array, window: jax.Array | int | None) -> jax.Array:

@@ -303,8 +303,7 @@ class Decoder(nnx.Module):
         """Vocabulary logits in float32 for already normed hidden states."""
         kernel = self.head.kernel[...] if hasattr(self, "head") else self.embedding[...].T
         logits = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
-        cap = self.config.logit_cap
-        return cap * jnp.tanh(logits / cap) if cap else logits
+        return attention.soft_cap(logits, self.config.logit_cap)
 
 
 def _normal(rngs: nnx.Rngs, shape, scale, dtype) -> jax.Array:

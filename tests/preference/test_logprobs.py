@@ -182,3 +182,28 @@ def test_no_vocabulary_logits_of_prompt_positions():
     assert shapes & response_logits, "the search finds the logits that are there"
     rows = {P, P - 1, B * P, B * (P - 1), P + R * (T - 1), B * (P + R * (T - 1))}
     assert not [shape for shape in shapes if V in shape and rows & set(shape)]
+
+
+@pytest.mark.parametrize("caps", [{}, {"logit_cap": 30.0}, {"logit_cap": 30.0, "attention_cap": 50.0}])
+def test_policy_and_reference_start_bit_for_bit_equal(caps):
+    """In one program, where one of them has a gradient taken and the other has not: a difference of rounding would be
+    a reward margin before the first update."""
+    lm = LanguageModel(dataclasses.replace(CONFIG, vocabulary=199, **caps))
+    generator = np.random.default_rng(1)
+    prompt, response = (generator.integers(0, 199, shape).astype(np.int32) for shape in ((4, 13), (4, 2, 7)))
+    response_mask = np.arange(7) < generator.integers(1, 8, (4, 2, 1))
+
+    @jax.jit
+    def step(policy, reference):
+        def forward(params):
+            return response_logps(lm, params, prompt, np.ones_like(prompt, bool), response, response_mask)
+
+        logps_BxR, pull = jax.vjp(forward, policy)
+        margin_BxR = logps_BxR - forward(reference)
+        return margin_BxR, pull(1.0 + margin_BxR)
+
+    for seed in range(12):
+        params = lm.init(jax.random.key(seed))
+        params["embedding"] = 8.0 * params["embedding"]  # far enough from 0 for the cap to bend
+        margin_BxR, _ = step(params, jax.tree.map(jnp.copy, params))
+        assert not margin_BxR.any(), seed
