@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -27,6 +28,11 @@ class StandIns:
     def __init__(self, folder: pathlib.Path):
         self.folder, self.record = folder / "bin", folder / "record.jsonl"
         self.folder.mkdir()
+        # Launchers prefer the environment of the folder that they lie in: here it must have none.
+        self.checkout = folder / "checkout"
+        shutil.copytree(REPOSITORY / "launch", self.checkout / "launch")
+        for name in ("rosepo_jax", "configs", "pyproject.toml", "requirements.txt", "README.md"):
+            (self.checkout / name).symlink_to(REPOSITORY / name)
         kept = {key: os.environ[key] for key in ("PATH", "LANG", "LC_ALL", "PYTHONPATH") if key in os.environ}
         path = {"PATH": f"{self.folder}:{kept['PATH']}", "HOME": str(folder)}
         self.environment = {**kept, **path, **SECRETS, "PYTHONPATH": str(REPOSITORY)}
@@ -37,14 +43,19 @@ class StandIns:
         program.chmod(0o755)
 
     def run(self, *command, **environment) -> subprocess.CompletedProcess:
-        """Runs a launcher of this repository; afterwards no secret stands in what it said and was recorded."""
+        """Runs a launcher, as a copy; afterwards no secret stands in what it said and was recorded."""
         done = subprocess.run(
-            list(map(str, command)), cwd=REPOSITORY, env={**self.environment, **environment},
+            self.words(command), cwd=self.checkout, env={**self.environment, **environment},
             capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         told = done.stdout + done.stderr + "".join(map(str, self.calls()))
         assert not [name for name, value in SECRETS.items() if value in told]
         return done
+
+    def words(self, command) -> list[str]:
+        """A command line, with the copies of launchers in their place."""
+        launch, copies = str(REPOSITORY / "launch"), str(self.checkout / "launch")
+        return [str(word).replace(launch, copies) for word in command]
 
     def calls(self, *names: str) -> list[list[str]]:
         """What was called, in order: all, or the programs of these names."""

@@ -76,7 +76,7 @@ if words != ["doctor"]:
 """
     stand_ins = host(0, body=body)
     pipes = dict(stdout=subprocess.PIPE, text=True, start_new_session=True)
-    child = subprocess.Popen(["bash", SCRIPT, "run"], env=stand_ins.environment, **pipes)
+    child = subprocess.Popen(stand_ins.words(["bash", SCRIPT, "run"]), env=stand_ins.environment, **pipes)
     while not ready.exists():
         assert child.poll() is None
         time.sleep(0.02)
