@@ -269,3 +269,11 @@ def test_one_encoder_gives_the_same_ids_everywhere(encoder):
     assert texts == ["Argo (2012)\nLincoln (2012)\n"]
     batch = examples.prompts(encoder, texts)
     assert batch["prompt_BxP"][batch["prompt_mask_BxP"]].tolist() == encoder.prompt_ids(texts)[0]
+
+
+def test_a_tokenizer_of_a_gigabyte_is_not_read(tmp_path):
+    folder = saved(tmp_path)
+    with open(folder / "tokenizer.json", "r+b") as file:
+        file.truncate(1 << 30)  # takes no space
+    with pytest.raises(UserError, match="tokenizer.json: larger than"):
+        Encoder(folder, Template.load("titles"), 64, 32)
