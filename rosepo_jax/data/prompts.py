@@ -132,7 +132,11 @@ class Encoder:
                 f"{directory}: no tokenizer.json; transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) "
                 "writes one"
             )
-        if large := [file for file in pathlib.Path(directory).glob("*.json") if file.stat().st_size > files.LARGEST]:
+        if large := [
+            file
+            for file in pathlib.Path(directory).glob("*.json")
+            if file.is_file() and file.stat().st_size > files.LARGEST
+        ]:
             raise UserError(f"{large[0]}: larger than {files.LARGEST:,} bytes, which no tokenizer needs")
         self._where, self._chat, self._lead, self._tail = directory, chat, "", ""
         with _one_line(directory):

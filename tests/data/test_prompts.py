@@ -275,5 +275,5 @@ def test_a_tokenizer_of_a_gigabyte_is_not_read(tmp_path):
     folder = saved(tmp_path)
     with open(folder / "tokenizer.json", "r+b") as file:
         file.truncate(1 << 30)  # takes no space
-    with pytest.raises(UserError, match="tokenizer.json: larger than"):
+    with pytest.raises(UserError, match=r"tokenizer.json: larger than"):
         Encoder(folder, Template.load("titles"), 64, 32)
