@@ -239,7 +239,8 @@ def source(directory: str | os.PathLike, split: str, *, users: int | None = None
     tensors = features["featuresDict"]["features"]
     sizes = [tensors[name]["tensor"]["shape"]["dimensions"] for name in ("history", "candidates")]
     lengths: list[str] = next((each.get("shardLengths", []) for each in info["splits"] if each["name"] == split), [])
-    if any(len(size) != 1 or _number(size[0]) > MOST for size in sizes) or min(map(_number, lengths), default=1) < 1:
+    fits = all(len(size) == 1 and 0 < _number(size[0]) <= MOST for size in sizes)
+    if not fits or min(map(_number, lengths), default=1) < 1:
         raise UserError(f"{directory}: shapes or numbers of rows that no data set has; {again}")
     suffix = tfds.core.FileFormat.ARRAY_RECORD.file_suffix
     paths = [f"{NAME}-{split}.{suffix}-{shard:05}-of-{len(lengths):05}" for shard in range(len(lengths))]

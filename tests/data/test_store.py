@@ -98,6 +98,7 @@ def test_shapes_and_files_that_no_data_set_has_are_refused(dataset):
     features, info = dataset / "features.json", dataset / "dataset_info.json"
     for path, old, new, message in (
         (features, '"3"', '"999999999"', "shapes or numbers of rows"),
+        (features, '"3"', '"three"', "shapes or numbers of rows"),
         (features, '"3"', '"4"', "records of another length"),
         (info, '"70"', '"71"', "damaged"),
         (info, '"70"', '"-1"', "shapes or numbers of rows"),
