@@ -84,21 +84,23 @@ def read(path: pathlib.Path) -> Pairs:
 def read_some(path: pathlib.Path, names: Iterable[str] = ("epsilon", "strategy", "flipped")) -> dict[str, list]:
     """Columns of a file that `write` wrote; by default those that a report shows."""
     with tables.parquet(path) as file:
-        if missing := set(names) - set(file.schema_arrow.names):
-            raise UserError(f"{path}: no column {', '.join(sorted(missing))}; run `rosepo pairs` again")
+        there = file.schema_arrow.names
+        if wrong := [name for name in names if there.count(name) != 1]:
+            raise UserError(f"{path}: no column {', '.join(wrong)}, or two; run `rosepo pairs` again")
         table = file.read(columns=list(names))
-    found = {}
-    for name in names:
-        column, type = table.column(name), table.schema.field(name).type
-        values = column.combine_chunks()
-        if name in _LISTS and pa.types.is_list(type):
-            values, type = values.flatten(), type.value_type
-        elif name in _LISTS:
-            type = pa.null()
-        if not _IS[name](type) or column.null_count or values.null_count:
-            raise UserError(f"{path}: column {name} is not what `rosepo pairs` writes; run it again")
-        found[name] = column.to_pylist()
-    return found
+        return {name: _checked(table.column(name), name, path) for name in names}
+
+
+def _checked(column: pa.ChunkedArray, name: str, path: pathlib.Path) -> list:
+    """The values of a column of the type that `write` gives it, none of them missing."""
+    kind, values = column.type, column.combine_chunks()
+    if name in _LISTS and pa.types.is_list(kind):
+        kind, values = kind.value_type, values.flatten()
+    elif name in _LISTS:
+        kind = pa.null()
+    if not _IS[name](kind) or column.null_count or values.null_count:
+        raise UserError(f"{path}: column {name} is not what `rosepo pairs` writes; run it again")
+    return column.to_pylist()
 
 
 def write_trl(path: pathlib.Path, pairs: Pairs) -> None:
