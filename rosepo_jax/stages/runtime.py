@@ -78,7 +78,7 @@ def execute(stage: Any, config: ConfigDict, workdir: str | os.PathLike, pool: "P
     out = pathlib.Path(workdir) / stage.NAME
     wanted = _wanted(stage, config, workdir)
     if out.is_symlink() and not (out / MANIFEST).exists() and distributed.is_primary():
-        out.unlink()  # a shared stage whose folder has been removed
+        out.unlink()  # a shared stage that was removed; or what would lead out of the workdir
     with pool.claim(wanted["identity"], stage.NAME) if pool is not None else contextlib.nullcontext():
         recorded = _read(out / MANIFEST)
         shared = pool.find(wanted["identity"]) if pool is not None and recorded is None else None
@@ -134,8 +134,6 @@ def depends_on(stage: Any, key: str) -> bool:
 
 
 def _run(stage: Any, config: ConfigDict, workdir: str | os.PathLike, out: pathlib.Path, wanted: dict) -> None:
-    if out.is_symlink():  # what is written there would lie outside the workdir
-        raise UserError(f"{out}: a link to a folder without a complete stage; remove the link")
     begun = _read(out / BEGUN)
     others = begun is None and out.exists() and any(out.iterdir())
     distributed.barrier(f"{stage.NAME} looked at")  # from here on the first process changes the folder

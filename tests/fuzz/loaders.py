@@ -28,7 +28,8 @@ from rosepo_jax.evaluation import plots, predictions, protocols
 from rosepo_jax.models import checkpoints_hf, families, peft, sasrec
 from rosepo_jax.models.decoder import DecoderConfig, LanguageModel
 from rosepo_jax.models.lora import LoRAConfig, is_adapter
-from rosepo_jax.stages import compare, export, prepare, recommend, report, runtime, score, sweep
+from rosepo_jax.stages import compare, export, plan, prepare, recommend, report, runtime, score
+from rosepo_jax.stages.pool import Pool
 from rosepo_jax.training import policy, sharding
 
 TINY = DecoderConfig(vocabulary=11, width=8, layers=2, heads=2, kv_heads=1, head_dim=4, mlp_width=6, max_positions=64)
@@ -193,11 +194,9 @@ def read_config(folder: pathlib.Path, path: pathlib.Path) -> None:
     flags = path.read_bytes().decode("utf-8", "surrogateescape").split("\n")  # as Python reads a command line
     _, overrides = split_overrides([f"--config.{flag}" for flag in flags])
     configuration.load(None, overrides)
-    for settings in sweep.product(flags):
-        config = configuration.load(None, settings.items())
-        swept = {key: value for key, value in configuration.flatten(config).items() if key in settings}
-        name = sweep.run_id(runtime.plain(swept))
-        assert pathlib.PurePath(name).name == name and len(name.encode()) <= 255 and name.isprintable()
+    config = configuration.load(None)
+    for run in plan.planned(config, plan.product(plan.parse(config, flags))):
+        assert pathlib.PurePath(run.name).name == run.name and len(run.name) <= 255 and run.name.isprintable()
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -443,7 +442,7 @@ def read_manifests(folder: pathlib.Path, path: pathlib.Path) -> None:
     """Whether a stage is up to date, and what a sweep shares."""
     runtime.execute(prepare, small_config(), folder)
     runtime.identity(folder / "prepare")
-    sweep.complete_stages(folder)
+    Pool(folder).find("of no stage")
 
 
 LOADERS = [
