@@ -78,6 +78,10 @@ def read(path: pathlib.Path) -> Pairs:
             columns[name] = np.array(columns[name])
     except (ValueError, OverflowError) as error:  # rows of different lengths, numbers that do not fit
         raise UserError(f"{path}: column {name}: {error}; run `rosepo pairs` again") from None
+    K = columns["epsilon"].shape[1]
+    wide = {columns[name].shape[1] for name in ("response_item", "oracle_scores")}
+    if wide != {K + 1} or {len(row) for name in ("rejected", "strategy") for row in columns[name]} != {K} or K < 1:
+        raise UserError(f"{path}: rows of different numbers of responses; run `rosepo pairs` again")
     return Pairs(**{field: columns[name] for name, field in COLUMNS.items()})
 
 

@@ -31,8 +31,12 @@ MODELS = {"align": "aligned", "sft": "sft"}  # stage -> the name of its model in
 MADE = {
     "identity": str, "code": str, "python": str, "packages": {str: str}, "device": {"kind": str},
     "resolved_config": {
-        "data": {"source": str, "template": str, "split": str, "core_user": int, "core_item": int, "history": int},
-        "align": {"objective": str}, "model": {"chat_template": bool},
+        "data": {
+            **dict.fromkeys(("source", "split", "template", "path?", "titles?"), str),
+            **dict.fromkeys(("core_user", "core_item", "history"), int),
+        },
+        "align": {"objective": str}, "pairs?": {"path?": str},
+        "model": {"chat_template": bool, "path?": str, "architecture?": str, "adapter?": str},
     },
 }  # fmt: skip
 PREPARED = {"identity": str, "inputs": {"data.path?": str}}
