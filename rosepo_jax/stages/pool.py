@@ -8,10 +8,10 @@ import pathlib
 import time
 from collections.abc import Iterator
 
-from rosepo_jax import distributed, files
+from rosepo_jax import distributed, files, forms
 from rosepo_jax.errors import UserError
-from rosepo_jax.stages import runtime
 
+MANIFEST, BEGUN = "manifest.json", "begun.json"  # of a stage's folder: once it is complete, from the moment work starts
 POLL = 0.2  # seconds between two looks at a lock that another process holds
 
 
@@ -28,13 +28,13 @@ class Pool:
 
     def find(self, identity: str) -> pathlib.Path | None:
         """The folder of the complete stage with this identity."""
-        return self._folder(identity, f"*/{runtime.MANIFEST}", f"sweep/*/*/{runtime.MANIFEST}")
+        return self._folder(identity, f"*/{MANIFEST}", f"sweep/*/*/{MANIFEST}")
 
     def take_over(self, identity: str, out: pathlib.Path) -> None:
         """Moves what was begun of a stage in another run to `out`, if nothing is there; who has claimed the identity
         knows that nobody is at it any more."""
         absent = distributed.is_primary() and not out.exists()
-        left = self._folder(identity, f"sweep/*/*/{runtime.BEGUN}") if absent else None
+        left = self._folder(identity, f"sweep/*/*/{BEGUN}") if absent else None
         if left is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             left.rename(out)
@@ -59,7 +59,7 @@ class Pool:
 
 @functools.lru_cache(maxsize=4096)
 def _identity(path: pathlib.Path, _changed: int) -> str:
-    return files.read_json(path)["identity"]
+    return forms.check(files.read_json(path), {"identity": str}, path, "remove that folder to redo it")["identity"]
 
 
 @contextlib.contextmanager
@@ -73,7 +73,7 @@ def _locked(path: pathlib.Path, what: str) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if not waiting:
-                    runtime.say(f"{what}: another process is at it; waiting")
+                    print(f"{what}: another process is at it; waiting", flush=True)
                 waiting = True
                 distributed.alive()
                 time.sleep(POLL)

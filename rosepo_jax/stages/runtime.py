@@ -24,7 +24,7 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,10 +33,8 @@ from ml_collections import ConfigDict
 import rosepo_jax
 from rosepo_jax import configuration, distributed, files, forms
 from rosepo_jax.errors import UserError
+from rosepo_jax.stages.pool import BEGUN, MANIFEST, Pool
 from rosepo_jax.training import programs
-
-if TYPE_CHECKING:
-    from rosepo_jax.stages.pool import Pool
 
 # Config values that name files of the user: what counts is their content, not where they lie.
 PATH_KEYS = (
@@ -49,7 +47,6 @@ PACKAGES = (
     *("transformers", "tokenizers", "safetensors", "huggingface_hub", "qwix", "ml_collections", "numpy", "scipy"),
 )
 
-MANIFEST, BEGUN = "manifest.json", "begun.json"
 WANTED = {"identity": str, "config": dict, "inputs": dict, "code": str}  # of both, as they are read
 
 
@@ -64,7 +61,7 @@ def module(verb: str) -> Any:
     return importlib.import_module(f"rosepo_jax.stages.{verb}")
 
 
-def execute(stage: Any, config: ConfigDict, workdir: str | os.PathLike, pool: "Pool | None" = None) -> pathlib.Path:
+def execute(stage: Any, config: ConfigDict, workdir: str | os.PathLike, pool: Pool | None = None) -> pathlib.Path:
     """Runs a stage unless its folder is up to date, and returns that folder.
 
     Args:

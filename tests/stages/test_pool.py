@@ -128,7 +128,7 @@ def test_a_broken_manifest_elsewhere_is_no_ones_stage(stages, config, tmp_path):
 def test_a_claim_is_waited_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pools, "POLL", 0.01)
     order, waiting = [], threading.Event()
-    monkeypatch.setattr(runtime, "say", lambda text: (order.append(text), waiting.set()))
+    monkeypatch.setattr(pools, "print", lambda text, flush: (order.append(text), waiting.set()), raising=False)
 
     def second():
         with pools.Pool(tmp_path).claim("x", "sft"):
