@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from rosepo_jax import distributed, files, forms
 from rosepo_jax.data import pairs
 from rosepo_jax.data.catalogue import Catalogue
+from rosepo_jax.errors import UserError
 from rosepo_jax.evaluation import page, report
 from rosepo_jax.stages import STAGES, runtime
 from rosepo_jax.training import goodput
@@ -44,9 +45,10 @@ def material(config: ConfigDict, workdir: pathlib.Path) -> report.Material:
         str(path.relative_to(workdir)): report.read(path)
         for path in sorted((workdir / "others").glob("*/*.results.json"))
     }
+    catalogue = Catalogue.load(prepared / "catalogue.jsonl") if prepared else None
     predictions = {
         protocol: {
-            model: _read_jsonl(path, PREDICTION)
+            model: _predictions(path, catalogue)
             for model in ("sft", "aligned")
             if (path := workdir / "evaluate" / "predictions" / f"{protocol}.{model}.jsonl").exists()
         }
@@ -55,7 +57,7 @@ def material(config: ConfigDict, workdir: pathlib.Path) -> report.Material:
     return report.Material(
         results=report.with_others(results, others),
         predictions=predictions,
-        catalogue=Catalogue.load(prepared / "catalogue.jsonl") if prepared else None,
+        catalogue=catalogue,
         statistics=_read_json(prepared / "statistics.json", dict) if prepared else {},
         metrics={
             verb: _read_jsonl(path, LOGGED)
@@ -79,6 +81,14 @@ def _read_json(path: pathlib.Path, form: forms.Form) -> dict:
 
 def _read_jsonl(path: pathlib.Path, form: forms.Form) -> list[dict]:
     rows = files.read_jsonl(path)
-    for row in rows:
-        forms.check(row, form, path, "run the stage that wrote it again")
+    for number, row in enumerate(rows, 1):
+        forms.check(row, form, f"{path}: row {number}", "run the stage that wrote it again")
+    return rows
+
+
+def _predictions(path: pathlib.Path, catalogue: Catalogue | None) -> list[dict]:
+    rows, known = _read_jsonl(path, PREDICTION), {None, *catalogue.ids} if catalogue else set()
+    for number, row in enumerate(rows, 1):
+        if known and not known.issuperset([row["target"], *row["history"], *row["ranked"]]):
+            raise UserError(f"{path}: row {number} names an item that is not in the catalogue; evaluate again")
     return rows
