@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from rosepo_jax.errors import UserError
 
-DEFAULT = 100  # cases a loader; ROSEPO_FUZZ gives another number
+DEFAULT = 50  # cases a loader; ROSEPO_FUZZ gives another number
 _HARD = 120  # seconds by the clock, after which the process ends: for code that no signal interrupts
 
 
