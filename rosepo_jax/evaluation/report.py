@@ -173,7 +173,7 @@ def check(results: Mapping[str, Any]) -> None:
         raise UserError("results.json: no protocols; run `rosepo evaluate` again")
     for name, protocol in results["protocols"].items():
         cells = {model: cell(results, name, model, "HR@1") for model in protocol["models"]}
-        sizes = {model: found["n"] for model, found in cells.items() if "n" in found}
+        sizes = {model: found["n"] for model, found in cells.items() if found.get("n") is not None}
         if len(set(sizes.values())) > 1:
             raise UserError(f"results.json: {name} counts its models over different rows (n: {sizes}); evaluate again")
         for metric in ("HR@1_by_decile", "HR@1_by_history"):

@@ -41,7 +41,7 @@ class Loader:
 
 
 # Where something is wrong, beside files: keys of a config, and what stands for several files.
-_PLACES = ("config", "data.", "--sweep", "chat template", "prediction files of")
+_PLACES = ("config", "data.", "--sweep", "results.json", "chat template", "prediction files of")
 
 
 class Hang(BaseException):
