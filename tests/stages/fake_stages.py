@@ -32,7 +32,7 @@ def fake(verb):
                 os.kill(os.getpid(), signal.SIGKILL)
         if verb == "evaluate":
             cells = {"sft": {"HR@1": 0.25}, "aligned": {"HR@1": 1 - config.align.beta}}
-            files.write_json(out / "results.json", {"protocols": {"candidates": {"models": cells}}})
+            files.write_json(out / "results.json", {"protocols": {"candidates": {"hash": "h", "models": cells}}})
         return {"HR@1": config.align.beta, "threads": os.environ.get("NPROC")}
 
     inputs = INPUTS.get(verb, ("prepare",))
