@@ -36,8 +36,8 @@ def start() -> None:
     JAX finds them by itself on TPU pods, in Kubernetes, and under SLURM and Open MPI; elsewhere it is told by
     JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
-    Errors: UserError when there is nothing to join; RuntimeError, worth another try, when not all have come within five
-    minutes.
+    Errors: UserError when there is nothing to join. When not all have come within five minutes, JAX aborts the process
+    (status 134).
     """
     number, count = (os.environ.get(name) for name in ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"))
     try:

@@ -27,23 +27,19 @@ Row = Mapping[str, Any]
 
 def figures(align: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, float | None]:
     """The figures of a run from the summary of `align` and results.json; None where it does not measure one."""
-    models = results["protocols"].get("candidates", {}).get("models", {})
-    aligned, sft = (models.get(model, {}) for model in ("aligned", "sft"))
-    hr1, sft_hr1 = _value(aligned, "HR@1"), _value(sft, "HR@1")
+    hr1, sft_hr1, ndcg5 = (
+        report.cell(results, "candidates", model, metric).get("value")
+        for model, metric in (("aligned", "HR@1"), ("sft", "HR@1"), ("aligned", "NDCG@5"))
+    )
     truth = results.get("truth", {})
+    true_win_rate = truth.get("models", {}).get("aligned", truth).get("true_win_rate")
     return {
-        "validation_hr1": _value(align, "HR@1"),
+        "validation_hr1": align.get("HR@1"),
         "hr1": hr1,
         "over_sft": None if hr1 is None or sft_hr1 is None else hr1 - sft_hr1,
-        "ndcg5": _value(aligned, "NDCG@5"),
-        "true_win_rate": _value(truth.get("models", {}).get("aligned", truth), "true_win_rate"),
+        "ndcg5": ndcg5,
+        "true_win_rate": report.as_cell(true_win_rate).get("value"),
     }
-
-
-def _value(cell: Mapping[str, Any], name: str) -> float | None:
-    """A metric that is either a number or {"value": number, ...}."""
-    found = cell.get(name)
-    return found.get("value") if isinstance(found, Mapping) else found
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
@@ -113,7 +109,7 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         lines.append([*(str(row["settings"].get(key, "")) for key in settings), *_numbers(row, shown)])
     failed = [f"{row['run']}: failed: {row['error']}" for row in rows if row["error"] is not None]
-    return "\n".join([f"best first by {CHOSEN_BY}", *_aligned(lines), *failed])
+    return "\n".join([f"best first by {CHOSEN_BY}", *report.laid_out(lines), *failed])
 
 
 def seeds_table(groups: Sequence[Row]) -> str:
@@ -124,7 +120,7 @@ def seeds_table(groups: Sequence[Row]) -> str:
     for row in groups:
         cells = [_mean_and_sd(row[name], FIGURES[name][1]) for name in shown]
         lines.append([*(str(row["settings"][key]) for key in settings), " ".join(map(str, row["seeds"])), *cells])
-    return "\n".join(["mean ± standard deviation over seeds", *_aligned(lines)])
+    return "\n".join(["mean ± standard deviation over seeds", *report.laid_out(lines)])
 
 
 def _shown(rows: Sequence[Row]) -> list[str]:
@@ -143,11 +139,6 @@ def _mean_and_sd(figure: Mapping[str, Any] | None, format_: str) -> str:
     if figure is None:
         return "-"
     return format(figure["mean"], format_) + ("" if figure["sd"] is None else f" ± {figure['sd']:.4f}")
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return ["  ".join(word.ljust(width) for word, width in zip(line, widths)).rstrip() for line in lines]
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------

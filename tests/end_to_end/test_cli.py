@@ -279,7 +279,7 @@ def test_runs_are_compared_and_other_rows_refused(rosepo, whole, tmp_path):
 def test_sweep_prints_a_table(rosepo, workdir):
     light = ["--config.evaluate.protocols=candidates", "--config.evaluate.sft_more=false"]
     done = rosepo("sweep", f"--workdir={workdir}", "--sweep=align.beta=0.1,0.5", *light)
-    head, *lines = done.stdout[done.stdout.index("align.beta ") :].splitlines()
+    head, _, *lines = done.stdout[done.stdout.index("align.beta ") :].splitlines()
     assert "validation HR@1" in head and "test HR@1" in head
     assert sorted(line.split()[0] for line in lines) == ["0.1", "0.5"]
     assert done.stdout.count("sft: shared with") == 2

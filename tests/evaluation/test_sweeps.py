@@ -57,7 +57,7 @@ def test_runs_that_differ_in_their_seed_alone_are_averaged():
     assert found["best"] == {"align.beta": 0.5}
     assert groups[1]["hr1"]["mean"] == pytest.approx(0.32) and groups[1]["hr1"]["sd"] == pytest.approx(0.02 * 2**0.5)
     assert groups[1]["hr1"]["values"] == {0: 0.34, 1: 0.30} and groups[0]["ndcg5"] is None
-    words = sweeps.seeds_table(groups).splitlines()[2].split()
+    words = sweeps.seeds_table(groups).splitlines()[3].split()
     assert words == ["0.5", "0", "1", "0.4200", "±", "0.0283", "0.5200", "±", "0.0283"]
     assert sweeps.over_seeds([{**rows[0], "settings": {"align.beta": 0.1}}]) == []
     assert "0.4200 ± 0.0283" in page(rows)

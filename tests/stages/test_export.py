@@ -109,9 +109,9 @@ def test_writes_a_directory_with_a_card(workdir, config, tmp_path, capsys):
 
 
 def test_a_hub_id_is_shown_whole_and_a_folder_by_its_name():
-    settings = {"model": {"path": "owner/model", "adapter": "/home/me/adapter"}, "seed": 0}
+    settings = {"model": {"path": "owner/model", "adapter": "/models/adapter"}, "seed": 0}
     assert export._without_folders(settings) == {"model": {"path": "owner/model", "adapter": "adapter"}, "seed": 0}
-    assert export._without_folders({"model": {"path": "/home/me/model"}}) == {"model": {"path": "model"}}
+    assert export._without_folders({"model": {"path": "/models/model"}}) == {"model": {"path": "model"}}
 
 
 def test_results_of_another_checkpoint_are_not_shown(workdir):
