@@ -35,9 +35,7 @@ def executed(monkeypatch):
     """What the command line asks the runtime to do, instead of doing it."""
     calls = []
     monkeypatch.setattr(runtime, "module", lambda verb: types.SimpleNamespace(NAME=verb))
-    monkeypatch.setattr(
-        runtime, "execute", lambda stage, config, workdir, pool=None: calls.append((stage.NAME, config, workdir))
-    )
+    monkeypatch.setattr(runtime, "execute", lambda stage, config, workdir: calls.append((stage.NAME, config, workdir)))
     return calls
 
 

@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 import rosepo_jax
 from rosepo_jax import configuration, distributed, files, forms
 from rosepo_jax.errors import UserError
-from rosepo_jax.stages.pool import BEGUN, MANIFEST, Pool
+from rosepo_jax.stages.pool import BEGUN, LOCK, MANIFEST, Pool, held
 from rosepo_jax.training import programs
 
 # Config values that name files of the user: what counts is their content, not where they lie.
@@ -61,22 +61,26 @@ def module(verb: str) -> Any:
     return importlib.import_module(f"rosepo_jax.stages.{verb}")
 
 
-def execute(stage: Any, config: ConfigDict, workdir: str | os.PathLike, pool: Pool | None = None) -> pathlib.Path:
-    """Runs a stage unless its folder is up to date, and returns that folder.
+def execute(stage: Any, config: ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
+    """Runs a stage unless its folder is up to date, and returns that folder. Other jobs at the same workdir wait.
 
-    Args:
-        pool: of runs that share their stages. One that is complete there is linked into `workdir` instead of being run
-            again, one that was begun there and left goes on here, and no two processes are at the same one.
+    The runs of a sweep share their stages: one that is complete in another run is linked into `workdir` instead of
+    being run again, one that was begun there and left goes on here, and no two jobs are at the same one.
 
     Raises:
         UserError: an input is missing or was made with other settings, or what lies in the folder was.
     """
     programs.keep(config)
     out = pathlib.Path(workdir) / stage.NAME
+    pool = Pool.around(workdir)
     wanted = _wanted(stage, config, workdir)
-    if out.is_symlink() and not (out / MANIFEST).exists() and distributed.is_primary():
-        out.unlink()  # a shared stage that was removed; or what would lead out of the workdir
-    with pool.claim(wanted["identity"], stage.NAME) if pool is not None else contextlib.nullcontext():
+    _make_folder(out.parent)
+    with contextlib.ExitStack() as alone:
+        alone.enter_context(held(out.parent / LOCK, stage.NAME, needed=False))
+        if pool is not None:
+            alone.enter_context(pool.claim(wanted["identity"], stage.NAME))
+        if out.is_symlink() and not (out / MANIFEST).exists() and distributed.is_primary():
+            out.unlink()  # a shared stage that was removed; or what would lead out of the workdir
         recorded = _read(out / MANIFEST)
         shared = pool.find(wanted["identity"]) if pool is not None and recorded is None else None
         if shared is not None and out.exists() and (_read(out / BEGUN) or {}).get("identity") != wanted["identity"]:
@@ -100,7 +104,6 @@ def execute(stage: Any, config: ConfigDict, workdir: str | os.PathLike, pool: Po
 
 
 def _link(out: pathlib.Path, shared: pathlib.Path) -> None:
-    _make_folder(out.parent)
     if out.exists():
         _remove(out)
     out.symlink_to(os.path.relpath(shared, out.parent.resolve()), target_is_directory=True)

@@ -145,13 +145,13 @@ def do(run: plan.Run, workdir: pathlib.Path, stages: Sequence[str] = plan.RUN_ST
 
     Errors: those of its stages, after they have been written down for the table.
     """
-    folder, pool = run.folder(workdir), Pool(workdir)
-    with pool.claim(run.name, run.name):
+    folder = run.folder(workdir)
+    with Pool(workdir).claim(run.name, run.name):
         if distributed.is_primary():
             (folder / FAILED).unlink(missing_ok=True)
         try:
             for verb in stages:
-                runtime.execute(runtime.module(verb), run.config, folder, pool)
+                runtime.execute(runtime.module(verb), run.config, folder)
         except UserError as mistake:
             fail(run, workdir, str(mistake))
             raise

@@ -4,7 +4,7 @@ import copy
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -105,6 +105,23 @@ def save_params(directory: pathlib.Path, params: Mapping[str, jax.Array]) -> Non
     with ocp.StandardCheckpointer() as checkpointer:
         sums = {"checksums": checksums(dict(params))}
         checkpointer.save(directory.absolute(), dict(params), force=True, custom_metadata=sums)
+
+
+def remove_others(directory: pathlib.Path, names: Collection[str]) -> None:
+    """Removes the folders of `directory` that have none of these names."""
+    for path in directory.iterdir() if distributed.is_primary() else ():
+        if path.name not in names:
+            shutil.rmtree(path)
+
+
+def hand_on(chosen: pathlib.Path, target: pathlib.Path) -> None:
+    """Makes `chosen` the folder `target` and removes what lies beside it; a call that was cut short can be repeated."""
+    if distributed.is_primary() and chosen.parent.exists():
+        if chosen.exists():
+            shutil.rmtree(target, ignore_errors=True)
+            chosen.rename(target)
+        shutil.rmtree(chosen.parent)
+    distributed.barrier("model handed on")
 
 
 def load_params(directory: pathlib.Path, like: Mapping[str, Any]) -> dict[str, jax.Array]:

@@ -64,10 +64,15 @@ def train(
     state = jax.jit(initialise, out_shardings=layout, donate_argnums=0)(dict(trainable))
 
     # ---- Restore ---------------------------------------------------------------------------------------------------
+    def kept_at(number: int) -> pathlib.Path:
+        return out / "kept" / str(number)
+
     checkpoints = checkpoint.Checkpoints(out / "checkpoints", config.checkpoint.keep)
-    meta: dict[str, Any] = {"step": 0, "kept": None, "stale": 0}
+    meta: dict[str, Any] = {"step": 0, "kept": None, "stale": 0, "held": []}
     if (found := checkpoints.restore(state)) is not None:
         state, meta = found
+        if not (kept_at(meta["kept"]["step"]).exists() or (out / "model").exists()):
+            raise UserError(f"{kept_at(meta['kept']['step'])}: no such folder; {checkpoint.REDO}")
     writer = MetricWriter(out, tensorboard=config.log.tensorboard, resume_step=meta["step"] if found else -1)
     journal = goodput.Journal(out, clock)
     journal.line(meta["step"], always=True)
@@ -95,7 +100,8 @@ def train(
         return programs[shapes]
 
     def check(number: int, trainable: Mapping[str, jax.Array]) -> None:
-        """Validates; what the stage hands on are the best parameters so far, or simply the latest."""
+        """Validates, and keeps the best parameters so far, or simply the latest; and those that checkpoints speak of,
+        since a restart may begin from these."""
         jax.block_until_ready(trainable)
         with clock.spent("evaluation"):
             figures = validate(trainable)
@@ -104,7 +110,8 @@ def train(
         meta["stale"] = 0 if better else meta["stale"] + 1
         if better or settings.keep == "last":
             with clock.spent("checkpoint"):
-                checkpoint.save_params(out / "model", trainable)
+                checkpoint.save_params(kept_at(number), trainable)
+                checkpoint.remove_others(out / "kept", {str(held) for held in (*meta["held"], number)})
             meta["kept"] = figures | {"step": number}
 
     # ---- Loop: while an update runs, the metrics of the one before it are read and the batch of the next one is sent
@@ -176,12 +183,15 @@ def train(
                     report(late)
                     late = None
                 with clock.spent("checkpoint"):
+                    # Of the checkpoints that stay, and of the one before them, which goes when this one is written.
+                    meta["held"] = [*meta["held"], meta["kept"]["step"]][-config.checkpoint.keep - 1 :]
                     checkpoints.save(number, state, meta)
                 journal.line(number, always=True)
             if preempted and not ended:
                 raise Preempted(f"{name}: told to stop, and saved update {number} of {total}")
             if ended:
                 break
+    checkpoint.hand_on(kept_at(meta["kept"]["step"]), out / "model")
     return meta["kept"]
 
 

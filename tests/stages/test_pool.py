@@ -43,8 +43,9 @@ def fake(name, inputs, keys):
 
 
 def run_both(stages, config, workdir, name):
-    for stage in stages.values():
-        runtime.execute(stage, config, workdir / "sweep" / name, pools.Pool(workdir))
+    with pools.Pool(workdir).claim(name, name):
+        for stage in stages.values():
+            runtime.execute(stage, config, workdir / "sweep" / name)
     return workdir / "sweep" / name
 
 
@@ -140,36 +141,77 @@ def test_a_claim_is_waited_for(tmp_path, monkeypatch, capsys):
         assert waiting.wait(60)
         order.append("first done")
     thread.join(60)
+    assert not list((tmp_path / "sweep" / "locks").iterdir())
     assert order == ["sft: another process is at it; waiting", "first done", "second"]
 
 
-def test_two_at_once_make_one(stages, config, tmp_path, monkeypatch):
-    """Threads stand for processes: locks are of open files, not of processes."""
+def at_once(stages, monkeypatch, work, names):
+    """work(name) in a thread each, of which the first that comes to SFT goes on when all have been started. Threads
+    stand for processes: locks are of open files, not of processes."""
     monkeypatch.setattr(pools, "POLL", 0.01)
-    begun, go_on = threading.Event(), threading.Event()
+    begun, waiting = threading.Event(), threading.Event()
+    monkeypatch.setattr(pools, "print", lambda text, flush: waiting.set(), raising=False)
     run = stages["sft"].run
 
     def slow(*arguments):
         begun.set()
-        assert go_on.wait(60)
+        assert waiting.wait(60)
         return run(*arguments)
 
     stages["sft"].run = slow
-    threads = [threading.Thread(target=run_both, args=(stages, config, tmp_path, name)) for name in ("one", "two")]
+    threads = [threading.Thread(target=work, args=(name,)) for name in names]
     for thread in threads:
         thread.start()
-    assert begun.wait(60)
-    go_on.set()
     for thread in threads:
         thread.join(60)
-    assert [len(stage.found) for stage in stages.values()] == [1, 1]
+    assert begun.is_set() and [len(stage.found) for stage in stages.values()] == [1, 1]
+
+
+def test_two_at_once_make_one(stages, config, tmp_path, monkeypatch):
+    at_once(stages, monkeypatch, lambda name: run_both(stages, config, tmp_path, name), ("one", "two"))
     assert sorted((tmp_path / "sweep" / name / "sft").is_symlink() for name in ("one", "two")) == [False, True]
 
 
-def test_no_locks_on_this_file_system(tmp_path, monkeypatch):
+def test_two_commands_at_one_workdir_take_turns(stages, config, tmp_path, monkeypatch, capsys):
+    """Started twice by mistake, or by a queue that believes the first one dead."""
+
+    def work(_):
+        for stage in stages.values():
+            runtime.execute(stage, config, tmp_path)
+
+    at_once(stages, monkeypatch, work, ("one", "two"))
+    assert capsys.readouterr().out.count("sft: up to date") == 1
+
+
+def test_a_workdir_is_a_run_of_a_sweep_by_its_place(tmp_path):
+    assert pools.Pool.around(tmp_path / "sweep" / "one") is None  # a folder that happens to have that name
+    with pools.Pool(tmp_path).claim("one", "one"):
+        pass
+    assert pools.Pool.around(tmp_path / "sweep" / "one").workdir == tmp_path
+    assert pools.Pool.around(tmp_path / "other" / "one") is None
+
+
+def test_no_locks_on_this_file_system(stages, config, tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(pools.fcntl, "flock", flock)
     with pytest.raises(UserError, match="no locks on this file system"), pools.Pool(tmp_path).claim("x", "sft"):
         pass
+    runtime.execute(stages["prepare"], config, tmp_path)  # alone it needs none
+    assert len(stages["prepare"].found) == 1
+
+
+def test_a_file_that_its_last_holder_removed_is_no_lock(tmp_path, monkeypatch):
+    """Opened while another held it, locked after that one had removed it: a third would lock another file."""
+    lock, removed = pools._lock, []
+
+    def late(file):
+        if not removed:
+            removed.append((tmp_path / "lock").unlink())
+        return lock(file)
+
+    monkeypatch.setattr(pools, "_lock", late)
+    with pools.held(tmp_path / "lock", "it"):
+        assert (tmp_path / "lock").exists()
+    assert not list(tmp_path.iterdir())

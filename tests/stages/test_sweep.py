@@ -123,10 +123,10 @@ def test_all_runs_failing_still_makes_a_table(runs, capsys):
 def test_an_interrupted_sweep_goes_on(runs, monkeypatch):
     execute = runtime.execute
 
-    def interrupted(stage, config, workdir, pool=None):
+    def interrupted(stage, config, workdir):
         if stage.NAME == "align" and config.align.beta == 0.5:
             raise KeyboardInterrupt
-        return execute(stage, config, workdir, pool)
+        return execute(stage, config, workdir)
 
     with monkeypatch.context() as patch:
         patch.setattr(runtime, "execute", interrupted)

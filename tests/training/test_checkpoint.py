@@ -1,7 +1,9 @@
 """What is saved comes back bit for bit, where it belongs; what does not fit is refused by name."""
 
+import contextlib
 import functools
 import json
+import pathlib
 import shutil
 
 import jax
@@ -51,6 +53,36 @@ def test_saving_again_replaces(tmp_path):
     found = checkpoint.load_params(tmp_path / "model", like(mesh_of(1, 1, 1)))
     np.testing.assert_array_equal(found["norm/scale"], 5.0)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_handing_on_can_be_cut_short_anywhere_and_repeated(tmp_path, monkeypatch):
+    """Whichever removal or renaming is the last that happens."""
+
+    class Cut(Exception):
+        pass
+
+    for cut in range(4):
+        kept, target = tmp_path / str(cut) / "kept", tmp_path / str(cut) / "model"
+        for place, scale in ((kept / "1", 1.0), (kept / "2", 2.0), (target, 3.0)):
+            checkpoint.save_params(place, PARAMS | {"norm/scale": jnp.full(8, scale)})
+        turns = iter(range(10))
+
+        def until(function, turns=turns, cut=cut):
+            def call(*arguments, **keys):
+                if next(turns) == cut:
+                    raise Cut
+                return function(*arguments, **keys)
+
+            return call
+
+        with monkeypatch.context() as patch, contextlib.suppress(Cut):
+            patch.setattr(checkpoint.shutil, "rmtree", until(shutil.rmtree))
+            patch.setattr(pathlib.Path, "rename", until(pathlib.Path.rename))
+            checkpoint.hand_on(kept / "2", target)
+        assert cut == 3 or next(turns) == cut + 1
+        checkpoint.hand_on(kept / "2", target)
+        assert [path.name for path in target.parent.iterdir()] == ["model"]
+        assert checkpoint.load_params(target, like(mesh_of(1, 1, 1)))["norm/scale"][0] == 2.0
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,6 +210,55 @@ def test_the_best_validation_is_kept_and_patience_stops(tmp_path):
     before = rows(tmp_path)
     assert train(tmp_path, validate=validate, patience=2) == best
     assert len(seen) == 5 and rows(tmp_path) == before
+
+
+def test_what_a_checkpoint_calls_kept_is_there_whatever_was_kept_after_it(tmp_path):
+    """A run that dies after a better model was written, but no checkpoint; and where it goes on, nothing is better."""
+    hits = {0: 0.1, 2: 0.5, 4: 0.9, 6: 0.2, 8: 0.3, 10: 0.3, 12: 0.3}
+
+    def by(figures):
+        turns = iter(figures)
+        return lambda trainable: {"HR@1": next(turns)}
+
+    def interrupted(*, start, stop):
+        for step in range(start, stop):
+            if step == 5:
+                raise Killed
+            yield batch_of(step)
+
+    expected = train(tmp_path / "straight", validate=by([*hits.values()][:2] + [0.2] * 5))
+    with pytest.raises(Killed):
+        train(tmp_path / "run", stream=interrupted, validate=by(hits.values()))
+    assert {path.name for path in (tmp_path / "run" / "kept").iterdir()} == {"2", "4"}
+    kept = train(tmp_path / "run", validate=by([0.2] * 5))
+    assert kept == expected == {"HR@1": 0.5, "step": 2}
+    np.testing.assert_array_equal(model(tmp_path / "run"), model(tmp_path / "straight"))
+
+
+def test_no_more_is_kept_than_checkpoints_speak_of(tmp_path, monkeypatch):
+    rising, seen = iter(range(100)), []
+    save = checkpoint.save_params
+    monkeypatch.setattr(
+        checkpoint,
+        "save_params",
+        lambda path, params: (save(path, params), seen.append(len(list(path.parent.iterdir())))),
+    )
+    train(tmp_path, validate=lambda trainable: {"HR@1": float(next(rising))}, interval="1 steps")
+    # Those of two checkpoints and of the one before them, the latest, and the new one.
+    assert len(seen) == STEPS + 1 and max(seen) == 5
+    assert not (tmp_path / "kept").exists()
+
+
+def test_kept_parameters_that_are_gone_are_a_refusal(tmp_path):
+    def interrupted(*, start, stop):
+        yield from map(batch_of, range(start, 7))
+        raise Killed
+
+    with pytest.raises(Killed):
+        train(tmp_path, stream=interrupted)
+    shutil.rmtree(tmp_path / "kept")
+    with pytest.raises(UserError, match="kept/6: no such folder; remove the folder of that stage to redo it"):
+        train(tmp_path)
 
 
 def test_the_first_of_equal_validations_is_kept(tmp_path):
