@@ -1,10 +1,12 @@
 """Orbax checkpoints: the training state to resume from, and the parameters a stage hands on."""
 
+import contextlib
 import copy
+import logging
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -77,10 +79,10 @@ class Checkpoints:
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         if step not in self._manager.all_steps():
             return None, {}, "not committed"
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
         try:
-            found = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
-            )
+            with _unheard():
+                found = self._manager.restore(step, args=items)
             meta, sums = _unsealed(found["meta"])
             changed = [path for path, value in checksums(found["state"]).items() if sums.get(path) != value]
             return found["state"], meta, f"{changed[0]} is not what was saved" if changed else ""
@@ -148,14 +150,29 @@ def load_params(directory: pathlib.Path, like: Mapping[str, Any]) -> dict[str, j
 
 
 def _described(metadata: Any) -> tuple[Mapping[str, Any], Mapping[str, int]]:
+    if metadata.item_metadata is None:
+        raise ValueError("nothing says what is in it")
     return dict(metadata.item_metadata.tree), dict(metadata.custom_metadata["checksums"])
 
 
 def _whole(directory: pathlib.Path, read: Callable[[], Any]) -> Any:
     try:
-        return read()
+        with _unheard():
+            return read()
     except Exception as error:  # whatever damage does to the libraries that read it
         raise UserError(f"{directory}: is damaged ({_shown(error)}); {REDO}") from None
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Within, Orbax logs nothing: what is wrong is said once, in our words."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _shown(error: Exception) -> str:
