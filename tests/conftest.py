@@ -19,6 +19,17 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 DATA = pathlib.Path(os.environ.get("ROSEPO_DATA", REPOSITORY.parent / "shared" / "data"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_programs(tmp_path_factory) -> None:
+    """The commands that tests start, in whichever worker, take compiled programs from each other; this process, where
+    JAX has read its settings already, does not."""
+    folder = tmp_path_factory.getbasetemp()
+    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(shared / "programs")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
 @pytest.fixture(scope="session")
 def real_data() -> pathlib.Path:
     """The folder of real logs. Missing in CI is a failure; elsewhere the test is skipped with the reason."""

@@ -19,12 +19,10 @@ BEFORE_ALIGN = ("prepare", "oracle", "sft", "pairs")
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory):
-    """One device, and programs that are compiled once for all processes."""
+def environment():
+    """One device."""
     kept = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs"))}
-    cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
-    return kept | cache | {"JAX_PLATFORMS": "cpu"}
+    return kept | {"JAX_PLATFORMS": "cpu"}
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ def command(processes: int, words: Sequence[str]) -> list[str]:
 def start(words: Sequence[str], cache: pathlib.Path) -> subprocess.Popen:
     """In a process group of its own, so that all of it can be killed at once."""
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    environment |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(cache)} | environment | {"JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         words, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
