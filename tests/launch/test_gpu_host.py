@@ -76,7 +76,9 @@ if words != ["doctor"]:
 """
     stand_ins = host(0, body=body)
     pipes = dict(stdout=subprocess.PIPE, text=True, start_new_session=True)
-    child = subprocess.Popen(stand_ins.words(["bash", SCRIPT, "run"]), env=stand_ins.environment, **pipes)
+    # Whoever runs the tests in the background may have left SIGINT ignored, and no shell can undo that.
+    words = stand_ins.words(["env", "--default-signal=INT", "bash", SCRIPT, "run"])
+    child = subprocess.Popen(words, env=stand_ins.environment, **pipes)
     while not ready.exists():
         assert child.poll() is None
         time.sleep(0.02)
