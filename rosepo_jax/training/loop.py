@@ -67,11 +67,15 @@ def train(
     def kept_at(number: int) -> pathlib.Path:
         return out / "kept" / str(number)
 
+    def lost_patience() -> bool:
+        return 0 < settings.get("patience", 0) <= meta["stale"]
+
     checkpoints = checkpoint.Checkpoints(out / "checkpoints", config.checkpoint.keep)
     meta: dict[str, Any] = {"step": 0, "kept": None, "stale": 0, "held": []}
     if (found := checkpoints.restore(state)) is not None:
         state, meta = found
-        if not (kept_at(meta["kept"]["step"]).exists() or (out / "model").exists()):
+        handed_on = (out / "model").exists() and (meta["step"] == total or lost_patience())
+        if not handed_on and not kept_at(meta["kept"]["step"]).exists():
             raise UserError(f"{kept_at(meta['kept']['step'])}: no such folder; {checkpoint.REDO}")
     writer = MetricWriter(out, tensorboard=config.log.tensorboard, resume_step=meta["step"] if found else -1)
     journal = goodput.Journal(out, clock)
@@ -119,9 +123,6 @@ def train(
         check(0, state.trainable)
     late: tuple[int, dict[str, jax.Array], Batch] | None = None
     start = meta["step"]
-
-    def lost_patience() -> bool:
-        return 0 < settings.get("patience", 0) <= meta["stale"]
 
     def report(item) -> None:
         """Writes the metrics of an update that has ended; counts and names what was skipped."""

@@ -23,7 +23,7 @@ def load(name):
 step, record = load("step"), load("record")
 B, P, R, T, V = 2, 40, 3, 5, 509
 TINY = dataclasses.replace(
-    step.DECODER, vocabulary=V, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp_width=24
+    step.DECODER, vocabulary=V, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp_width=24
 )
 
 

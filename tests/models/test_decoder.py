@@ -329,7 +329,7 @@ def test_prefill_and_extend_equal_the_scoring_forward(name):
         np.testing.assert_allclose(logits, expected[:, :, depth + 1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["grouped", "sandwich", "two_rope_bases"])  # without and with what layers scan over
+@pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_layers_written_out_compute_what_a_loop_does(name):
     """Loops over layers and layers one after the other: log-probs, their gradient, and a step of decoding."""
     lm = LanguageModel(VARIANTS[name])

@@ -261,6 +261,14 @@ def test_kept_parameters_that_are_gone_are_a_refusal(tmp_path):
         train(tmp_path)
 
 
+def test_a_model_that_was_handed_on_is_not_that_of_an_earlier_checkpoint(tmp_path):
+    """The last checkpoint is lost after the end of training: the one before it speaks of other parameters."""
+    train(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / str(STEPS))
+    with pytest.raises(UserError, match=r"kept/\d+: no such folder"):
+        train(tmp_path)
+
+
 def test_the_first_of_equal_validations_is_kept(tmp_path):
     assert train(tmp_path, validate=lambda trainable: {"HR@1": 0.5})["step"] == 0
     np.testing.assert_array_equal(model(tmp_path), START)
